@@ -1,0 +1,1 @@
+"""robench settles whether a defense's robustness claim holds."""

@@ -1,0 +1,85 @@
+"""What an attack ascends: the mean over noise draws of a loss on the defense's logits, and its gradient in the image (EOT).
+
+EOT: Athalye et al., "Synthesizing robust adversarial examples", arXiv 1707.07397.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robench.defense import Defense
+from robench.noise import Draw
+
+Objective = Callable[[Tensor], Tensor]
+"""From logits (B, classes) to the loss of each example (B,)."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A defense's behaviour at a batch of images, averaged over draws.
+
+    Attributes:
+        loss: (B,) the mean loss over draws.
+        gradient: (B, C, H, W) its gradient in the image; zeros where it was not asked for.
+        fooled: bool (B,) misclassified on every draw evaluated (for a deterministic defense: misclassified).
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    fooled: Tensor
+
+
+def draw_numbers(step: int, draws: int, fixed: bool = False) -> range:
+    """Return the numbers of the draws an attack averages at `step`: fresh at each step, or always the first ones."""
+    return range(draws) if fixed else range(step * draws, (step + 1) * draws)
+
+
+def evaluate_point(
+    defense: Defense, x: Tensor, y: Tensor, objective: Objective, *,
+    examples: Tensor, seed: int, numbers: range, gradient: bool = True,
+) -> Point:
+    """Evaluate the objective and its gradient at images `x`, averaged over the noise draws of these numbers.
+
+    A deterministic defense is evaluated once, whatever the draws. The weights take no gradient.
+
+    Args:
+        defense: the defense.
+        x: (B, C, H, W) images.
+        y: (B,) labels.
+        objective: the loss of each example from the logits.
+        examples: (B,) identities, which with `seed` and a draw number determine the noise.
+        seed: the attack's seed.
+        numbers: which draws.
+        gradient: whether the gradient is wanted.
+    """
+    numbers = numbers if defense.random else range(1)
+    point = x.detach().requires_grad_(gradient)
+    loss, total = torch.zeros(len(x), device=x.device), torch.zeros_like(x)
+    fooled = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for number in numbers:
+        with torch.set_grad_enabled(gradient):
+            logits = defense(point, Draw(seed, examples, number) if defense.random else None)
+            each = objective(logits)
+        if gradient:
+            total += _gradient(each, point)
+        loss += each.detach().float()
+        fooled &= logits.detach().argmax(1) != y
+    return Point(loss / len(numbers), total / len(numbers), fooled)
+
+
+@torch.no_grad()
+def mean_logits(defense: Defense, x: Tensor, *, examples: Tensor, seed: int, numbers: range) -> Tensor:
+    """Return the logits (B, classes) at images `x`, averaged over the draws of these numbers (one pass if not random)."""
+    numbers = numbers if defense.random else range(1)
+    each = [defense(x, Draw(seed, examples, number) if defense.random else None).float() for number in numbers]
+    return torch.stack(each).mean(0)
+
+
+def _gradient(each: Tensor, point: Tensor) -> Tensor:
+    """Return the gradient of the summed losses; zeros where the loss does not depend differentiably on the image."""
+    if not each.requires_grad:
+        return torch.zeros_like(point)
+    (gradient,) = torch.autograd.grad(each.sum(), point, allow_unused=True)
+    return torch.zeros_like(point) if gradient is None else gradient.detach()

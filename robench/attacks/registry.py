@@ -1,0 +1,118 @@
+"""Attacks by name: ``pgd-20,restarts=5`` is the attack `pgd` with 20 steps and 5 restarts."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor
+
+from robench.defense import Defense
+from robench.errors import UserError, nearest
+from robench.parameters import Value, keyword_parameters, read_settings
+from robench.threat import ThreatModel
+
+AttackFunction = Callable[..., Tensor]
+"""What every attack is: a pure function ``(defense, x, y, threat, *, examples, seed, ...) -> x_adv`` that returns one
+adversarial image for each image, inside the threat model. Its further keyword parameters are its own."""
+
+
+@dataclass(frozen=True)
+class RegisteredAttack:
+    """One attack: its function, version (raise it when its results change), paper, and what a number in its name sets."""
+
+    name: str
+    function: AttackFunction
+    version: int
+    paper: str
+    number: str | None = None
+
+    def defaults(self) -> dict[str, Value]:
+        """Return the keyword parameters and their defaults, without what every attack takes."""
+        return keyword_parameters(self.function, without=("examples", "seed"))
+
+    @property
+    def pattern(self) -> str:
+        """The name as a user types it, ``pgd-N`` for a numbered attack."""
+        return f"{self.name}-N" if self.number else self.name
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack with all its parameters, ready to run and to be recorded."""
+
+    name: str
+    version: int
+    parameters: Mapping[str, Value]
+    function: AttackFunction = field(repr=False, compare=False)
+
+    def __call__(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int) -> Tensor:
+        """Return adversarial images (B, C, H, W) for clean images `x` (B, C, H, W) in [0, 1] with labels `y` (B,).
+
+        Args:
+            defense: the model under attack, in evaluation mode.
+            x: clean images.
+            y: int64 labels.
+            threat: what the attack may change.
+            examples: int64 (B,) identities of the examples; all randomness comes from them and `seed`.
+            seed: the attack's seed.
+        """
+        return self.function(defense, x, y, threat, examples=examples, seed=seed, **self.parameters)
+
+
+F = TypeVar("F", bound=AttackFunction)
+
+_ATTACKS: dict[str, RegisteredAttack] = {}
+
+
+def register(name: str, *, version: int, paper: str, number: str | None = None) -> Callable[[F], F]:
+    """Register an attack function under `name`; `number` names the parameter that ``NAME-N`` sets.
+
+    Raises:
+        UserError: if the name is taken.
+    """
+
+    def add(function: F) -> F:
+        if name in _ATTACKS:
+            raise UserError(f"the attack name {name!r} is taken by {_ATTACKS[name].function.__module__}")
+        _ATTACKS[name] = RegisteredAttack(name, function, version, paper, number)
+        return function
+
+    return add
+
+
+def registered() -> dict[str, RegisteredAttack]:
+    """Return every registered attack by its name (without a number)."""
+    return dict(sorted(_ATTACKS.items()))
+
+
+def parse(text: str) -> Attack:
+    """Read an attack's name and parameters: ``fgsm``, ``pgd-20``, ``pgd-20,restarts=5,loss=margin``.
+
+    Raises:
+        UserError: for an unknown attack or parameter (naming the nearest), a missing number, or a value of the wrong type.
+    """
+    head, *settings = text.split(",")
+    attack, number = _split_number(head)
+    parameters = attack.defaults()
+    if attack.number:
+        parameters[attack.number] = number
+    known = {key: value for key, value in parameters.items() if key != attack.number}
+    parameters |= read_settings(f"attack {attack.pattern!r}", attack.function, settings, known)
+    for key, least in known.items():
+        if type(least) is int and least > 0 and int(parameters[key] or 0) < 1:
+            raise UserError(f"attack {attack.pattern!r}: {key} must be at least 1, not {parameters[key]}")
+    return Attack(head, attack.version, parameters, attack.function)
+
+
+def _split_number(head: str) -> tuple[RegisteredAttack, int | None]:
+    if head in _ATTACKS and _ATTACKS[head].number is None:
+        return _ATTACKS[head], None
+    name, _, digits = head.rpartition("-")
+    if name in _ATTACKS and _ATTACKS[name].number and digits.isdigit() and int(digits) > 0:
+        return _ATTACKS[name], int(digits)
+    if head in _ATTACKS or name in _ATTACKS:
+        pattern = _ATTACKS[head if head in _ATTACKS else name].pattern
+        number = " with N a positive whole number" if "-N" in pattern else ""
+        raise UserError(f"attack {head!r} should read {pattern!r}{number}")
+    patterns = [a.pattern for a in registered().values()]
+    raise UserError(f"unknown attack {head!r}; known: {', '.join(patterns)}{nearest(head, patterns)}")

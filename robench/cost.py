@@ -1,0 +1,56 @@
+"""Cost: image-forwards and image-backwards, counted at the members (K members x M draws of one image count K * M)."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from robench.defense import Defense
+
+
+@dataclass
+class Cost:
+    """A running count of image passes through the members."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.forwards + other.forwards, self.backwards + other.backwards)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for item in output for tensor in _tensors(item)] if isinstance(output, list | tuple) else []
+
+
+@contextlib.contextmanager
+def counted(defense: Defense) -> Iterator[Cost]:
+    """Count the passes of the defense's members inside the block; the hooks are gone after it."""
+    cost = Cost()
+
+    def after_forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        images = len(inputs[0])
+        cost.forwards += images
+        pending = True
+
+        def on_backward(_gradient: Tensor) -> None:
+            # A member with several outputs (heads) is passed back through once.
+            nonlocal pending
+            if pending:
+                cost.backwards += images
+                pending = False
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(on_backward)
+
+    handles = [member.register_forward_hook(after_forward) for member in defense.members()]
+    try:
+        yield cost
+    finally:
+        for handle in handles:
+            handle.remove()

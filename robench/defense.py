@@ -1,0 +1,117 @@
+"""The defense contract: what an attacker is told of a defense's structure."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from robench.aggregate import Aggregator
+from robench.noise import Draw
+
+
+class Defense(nn.Module):
+    """A classifier of images (B, C, H, W) in [0, 1] that tells its structure: several predictors and what combines them.
+
+    Subclasses implement `predictors` and `aggregate`. Attacks use both; the prediction itself is `forward`.
+
+    Attributes:
+        random: whether two forwards of one image may differ. A random defense takes its noise from the `draw` it is given.
+    """
+
+    random: bool = False
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return the logits of every member or head before they are combined: (B, C, H, W) -> (B, N, classes)."""
+        raise NotImplementedError
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """Combine the predictors' logits: (B, N, classes) -> (B, classes)."""
+        raise NotImplementedError
+
+    def members(self) -> list[nn.Module]:
+        """Return the modules whose forwards and backwards are the defense's cost; each counts one pass per image."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return logits (B, classes) for images (B, C, H, W) in [0, 1]."""
+        return self.aggregate(self.predictors(x, draw))
+
+
+class Ensemble(Defense):
+    """Networks that see the same image, combined by an aggregator. One network and the mean make a plain classifier.
+
+    Args:
+        networks: modules from images to logits (B, classes). A `Defense` among them is given the draw.
+        aggregator: what combines their logits.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], aggregator: Aggregator) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.aggregator = aggregator
+        self.random = any(isinstance(network, Defense) and network.random for network in networks)
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        return torch.stack([_logits(network, x, member_draw(draw, i)) for i, network in enumerate(self.networks)], dim=1)
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return self.aggregator(logits)
+
+    def members(self) -> list[nn.Module]:
+        return [m for network in self.networks for m in (network.members() if isinstance(network, Defense) else [network])]
+
+
+class Plain(Defense):
+    """Any module from images to logits, as a defense with one predictor and no structure to tell.
+
+    `aggregate` is the identity on the one predictor, whatever the module does inside.
+    """
+
+    def __init__(self, module: nn.Module, random: bool = False) -> None:
+        super().__init__()
+        self.module = module
+        self.random = random
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        logits: Tensor = self.module(x)
+        return logits[:, None]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    def members(self) -> list[nn.Module]:
+        return [self.module]
+
+
+def as_defense(module: nn.Module) -> Defense:
+    """Return `module` itself if it is a defense, else the module as a defense without structure."""
+    return module if isinstance(module, Defense) else Plain(module)
+
+
+def member_draw(draw: Draw | None, member: int) -> Draw | None:
+    """Return the draw for one member, so that random members do not share their noise."""
+    return None if draw is None else Draw(draw.seed * 1009 + member + 1, draw.examples, draw.number)
+
+
+def _logits(network: nn.Module, x: Tensor, draw: Draw | None) -> Tensor:
+    logits: Tensor = network(x, draw) if isinstance(network, Defense) else network(x)
+    return logits
+
+
+class FreshDraws(nn.Module):
+    """A random defense as a plain module: every forward takes the next draw, as the defense does in use.
+
+    For attacks from elsewhere, which know nothing of draws. An image's identity is its position in the batch.
+    """
+
+    def __init__(self, defense: Defense, seed: int) -> None:
+        super().__init__()
+        self.defense = defense
+        self.seed = seed
+        self._numbers = itertools.count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        examples = torch.arange(len(x), device=x.device)
+        logits: Tensor = self.defense(x, Draw(self.seed, examples, next(self._numbers)))
+        return logits

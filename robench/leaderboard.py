@@ -1,0 +1,290 @@
+"""The leaderboard: rows made from records, and their renderings. Pure functions: nothing here reads a file."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, get_args
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+from tabulate import tabulate
+
+from robench.estimate import Estimate
+from robench.record import Proportion, Record, Scale, clean_estimate, file_name, worst_case
+from robench.threat import ThreatModel
+
+NOTE = (
+    "Robust accuracy is an upper bound: on each example the worst of the attacks that were run, with a 95 % interval. "
+    "A stronger attack can only lower it."
+)
+EMPTY = "No records to show: nothing that matches has been measured yet."
+SCALES: tuple[str, ...] = get_args(Scale)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trained defense on one data set, under one threat model, at one scale.
+
+    Attributes:
+        records: what the row is made of, the strongest attack first.
+        robust: the robust accuracy, the worst case over the attacks on each example.
+        clean: the clean accuracy, on the most examples measured.
+        verdicts: what the claims say of the defense.
+        stale: why the row should be measured again, one line each; empty if it is current.
+    """
+
+    records: tuple[Record, ...]
+    robust: Estimate
+    clean: Estimate
+    verdicts: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
+
+    @property
+    def strongest(self) -> Record:
+        """The record with the strongest single attack."""
+        return self.records[0]
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """The names of the attacks run, each once, the strongest first."""
+        return tuple(dict.fromkeys(record.attack.name for record in self.records))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the number must know: how a random defense was scored, unfinished runs, staleness."""
+        notes = []
+        if score := self.strongest.random_score:
+            mean, worst = (f"{100 * share.value:.1f} %" for share in (score.mean, score.worst))
+            notes.append(
+                f"random, {score.draws} draws of {self.strongest.attack.name}: mean {mean}, worst draw {worst}"
+            )
+        partial = dict.fromkeys(
+            f"partial ({r.attack.name}): {r.partial}" for r in self.records if r.partial is not None
+        )
+        return (*notes, *partial, *(f"stale: {reason}" for reason in self.stale))
+
+
+def rows(
+    records: Iterable[Record],
+    *,
+    dataset: str | None = None,
+    threat: str | None = None,
+    verdicts: Mapping[str, Sequence[str]] | None = None,
+    attack_versions: Mapping[str, int] | None = None,
+    defense_versions: Mapping[str, int] | None = None,
+) -> list[Row]:
+    """Return one row for each trained defense, data set, threat model and scale, the most robust first within these.
+
+    Args:
+        records: any records, in any order.
+        dataset: keep only this data set.
+        threat: keep only this threat model (``Linf:8/255``).
+        verdicts: texts by the defense's full name.
+        attack_versions: the current version by registered attack name (``pgd`` for ``pgd-20``). Another recorded
+            version makes a row stale; a name that is not registered does not.
+        defense_versions: likewise, by the defense's name without parameters.
+
+    Raises:
+        UserError: if `threat` is no threat model.
+    """
+    wanted = None if threat is None else str(ThreatModel.parse(threat))
+    kept = [r for r in records if dataset in (None, r.dataset.name) and wanted in (None, r.threat)]
+    made = []
+    for _, group in groupby(sorted(kept, key=_subject), key=_subject):
+        # The worst case does not depend on the order; the row's list of attacks must not either.
+        members = sorted(group, key=lambda record: (record.robust_accuracy.value, file_name(record)))
+        robust, strongest = worst_case(members)
+        members.sort(key=lambda record: record is not strongest)
+        made.append(
+            Row(
+                records=tuple(members),
+                robust=robust,
+                clean=clean_estimate(max(members, key=lambda record: record.dataset.n)),
+                verdicts=tuple((verdicts or {}).get(strongest.defense.name, ())),
+                stale=_stale(members, attack_versions or {}, defense_versions or {}),
+            )
+        )
+    return sorted(made, key=_order)
+
+
+def as_table(leaderboard: Sequence[Row]) -> RenderableType:
+    """Return the rows as a table for the terminal, or one line if there are none."""
+    if not leaderboard:
+        return EMPTY
+    table = Table(caption=NOTE)
+    for header in _HEADERS:
+        # A name is folded, never cut short.
+        table.add_column(header, overflow="fold")
+    for row in leaderboard:
+        table.add_row(*map(Text, _cells(row)))
+    return table
+
+
+def as_markdown(leaderboard: Sequence[Row]) -> str:
+    """Return the rows as a GitHub table with its note, or one line if there are none."""
+    if not leaderboard:
+        return EMPTY
+    # A bar or a line break in a text would end its cell.
+    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in _cells(row)] for row in leaderboard]
+    return f"{tabulate(cells, headers=_HEADERS, tablefmt='github', disable_numparse=True)}\n\n{NOTE}"
+
+
+def as_json(leaderboard: Sequence[Row]) -> str:
+    """Return ``{"note": ..., "rows": [...]}``: shares as fractions with intervals, attacks with all parameters."""
+    return json.dumps({"note": NOTE, "rows": [_full(row) for row in leaderboard]}, indent=1)
+
+
+def as_csv(leaderboard: Sequence[Row]) -> str:
+    """Return a line for each row under a header line; shares are fractions, and ``; `` is between texts."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([_CSV_HEADERS, *map(_columns, leaderboard)])
+    return stream.getvalue()
+
+
+def _subject(record: Record) -> tuple[Any, ...]:
+    defense, dataset = record.defense, record.dataset
+    weights = (defense.version, defense.training_seed, defense.weights_sha256)
+    return (defense.name, dataset.name, dataset.fingerprint, record.threat, record.scale, *weights)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    record, threat = row.strongest, ThreatModel.parse(row.strongest.threat)
+    where = (record.dataset.name, threat.norm, threat.budget, -SCALES.index(record.scale))
+    return (*where, -row.robust.value, _subject(record))
+
+
+def _stale(
+    records: Sequence[Record], attack_versions: Mapping[str, int], defense_versions: Mapping[str, int]
+) -> tuple[str, ...]:
+    reasons = []
+    defense = records[0].defense
+    current = defense_versions.get(defense.name.partition(",")[0], defense.version)
+    if current != defense.version:
+        reasons.append(f"the defense was version {defense.version}, now {current}")
+    for attack in (record.attack for record in records):
+        head = attack.name.partition(",")[0]
+        name, _, number = head.rpartition("-")
+        registered = name if head not in attack_versions and number.isdigit() else head
+        current = attack_versions.get(registered, attack.version)
+        if current != attack.version:
+            reasons.append(f"{attack.name} was version {attack.version}, now {current}")
+    return tuple(dict.fromkeys(reasons))
+
+
+_HEADERS = (
+    "defense",
+    "data",
+    "threat",
+    "robust accuracy",
+    "clean accuracy",
+    "strongest attack",
+    "attacks run",
+    "forwards/backwards per image",
+    "scale",
+    "hardware",
+    "verdicts",
+    "notes",
+)
+
+
+def _cells(row: Row) -> list[str]:
+    record = row.strongest
+    return [
+        # Without the seed, independently trained copies would look alike.
+        f"{record.defense.name} (seed {record.defense.training_seed})",
+        record.dataset.name,
+        record.threat,
+        f"≤ {row.robust}",
+        str(row.clean),
+        record.attack.name,
+        ", ".join(row.attacks),
+        f"{_count(record.cost.forwards)} / {_count(record.cost.backwards)}",
+        record.scale,
+        record.provenance.processor,
+        "; ".join(row.verdicts),
+        "; ".join(row.notes),
+    ]
+
+
+def _count(passes: float) -> str:
+    return f"{passes:,.0f}" if passes >= 10 or passes == int(passes) else f"{passes:.1f}"
+
+
+def _share(estimate: Estimate | Proportion) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+
+def _full(row: Row) -> dict[str, Any]:
+    record = row.strongest
+    return {
+        "defense": record.defense.model_dump(mode="json"),
+        "dataset": record.dataset.name,
+        "threat": record.threat,
+        "scale": record.scale,
+        "robust_accuracy": _share(row.robust),
+        "clean_accuracy": _share(row.clean),
+        "strongest_attack": record.attack.name,
+        "attacks": [
+            r.attack.model_dump(mode="json")
+            | {"seed": r.seed, "robust_accuracy": _share(r.robust_accuracy), "cost": r.cost.model_dump()}
+            for r in row.records
+        ],
+        "cost": record.cost.model_dump(),
+        "random_score": record.random_score and record.random_score.model_dump(mode="json"),
+        "hardware": {"device": record.provenance.device, "processor": record.provenance.processor},
+        "verdicts": list(row.verdicts),
+        "stale": list(row.stale),
+        "notes": list(row.notes),
+    }
+
+
+_CSV_HEADERS = (
+    "defense",
+    "training_seed",
+    "dataset",
+    "threat",
+    "scale",
+    "robust_accuracy",
+    "robust_low",
+    "robust_high",
+    "robust_n",
+    "clean_accuracy",
+    "clean_low",
+    "clean_high",
+    "clean_n",
+    "strongest_attack",
+    "attacks",
+    "forwards_per_image",
+    "backwards_per_image",
+    "random_draws",
+    "random_mean",
+    "random_worst_draw",
+    "hardware",
+    "verdicts",
+    "notes",
+)
+
+
+def _columns(row: Row) -> tuple[Any, ...]:
+    record, score = row.strongest, row.strongest.random_score
+    return (
+        record.defense.name,
+        record.defense.training_seed,
+        record.dataset.name,
+        record.threat,
+        record.scale,
+        *_share(row.robust).values(),
+        *_share(row.clean).values(),
+        record.attack.name,
+        "; ".join(row.attacks),
+        record.cost.forwards,
+        record.cost.backwards,
+        *((score.draws, score.mean.value, score.worst.value) if score else ("", "", "")),
+        record.provenance.processor,
+        "; ".join(row.verdicts),
+        "; ".join(row.notes),
+    )

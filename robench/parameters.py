@@ -1,0 +1,60 @@
+"""Names with parameters, ``robust_average,k=8,eps=0.22``: read by the type that the function's signature gives each one."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from robench.errors import UserError, nearest
+
+Value = str | int | float | bool | None
+
+
+def keyword_parameters(function: Callable[..., Any], without: tuple[str, ...] = ()) -> dict[str, Value]:
+    """Return a function's keyword-only parameters with their defaults (None for one that has none)."""
+    return {
+        name: (None if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in without
+    }
+
+
+def read_settings(owner: str, function: Callable[..., Any], settings: list[str], known: Mapping[str, Value]) -> dict[str, Value]:
+    """Read ``key=value`` texts into values of the types that `function` annotates.
+
+    Args:
+        owner: what the parameters belong to, for messages (``attack 'pgd-20'``).
+        function: whose signature gives the types: str, int, float (``8/255`` is one) or bool.
+        settings: the texts.
+        known: the parameters that may be set.
+
+    Raises:
+        UserError: for a text without ``=``, an unknown key (naming the nearest), or a value of the wrong type.
+    """
+    values: dict[str, Value] = {}
+    for setting in settings:
+        key, separator, text = (part.strip() for part in setting.partition("="))
+        if not separator or key not in known:
+            raise UserError(f"{owner} has no parameter {key!r}; it has {', '.join(known) or 'none'}{nearest(key, known)}")
+        values[key] = _converted(owner, key, text, inspect.signature(function).parameters[key].annotation)
+    return values
+
+
+def _converted(owner: str, key: str, text: str, annotation: Any) -> Value:
+    kinds = [kind for kind in (bool, int, float, str) if annotation is kind or kind in getattr(annotation, "__args__", ())]
+    for kind in kinds:
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        try:
+            if kind is float:
+                return float(Fraction(text))
+            if kind in (int, str):
+                return int(text) if kind is int else text
+        except (ValueError, ZeroDivisionError):
+            continue
+    raise UserError(f"{owner}: {key}={text!r} is not of type {' or '.join(kind.__name__ for kind in kinds)}")
+
+
+def written(name: str, parameters: Mapping[str, Value]) -> str:
+    """Return the text form, ``name,key=value,...``, with floats as short as they read back exactly."""
+    return ",".join([name, *(f"{key}={value}" for key, value in parameters.items() if value is not None)])

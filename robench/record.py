@@ -1,0 +1,368 @@
+"""Records: one measurement each, as a JSON file that is checked when it is read, and what several of them say together.
+
+A record keeps the outcome of every example, so that any two of the same data are compared example by example.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from robench.errors import UserError
+from robench.estimate import Estimate
+from robench.files import write_atomic
+from robench.parameters import Value
+from robench.threat import ThreatModel
+
+Scale = Literal["smoke", "cpu", "gpu", "paper"]
+PACKAGES = ("numpy", "robench", "pyautoattack")
+
+
+def _utc(text: str) -> str:
+    if datetime.fromisoformat(text).utcoffset() != timedelta(0):
+        raise ValueError(f"{text!r} is not a time in UTC, as in 2025-01-31T12:00:00+00:00")
+    return text
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Threat = Annotated[str, AfterValidator(lambda text: str(ThreatModel.parse(text)))]
+Time = Annotated[str, AfterValidator(_utc)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DefenseInfo(_Model):
+    """What was attacked: its full name with all parameters, its version, and the hash of its weights."""
+
+    name: str
+    version: int
+    origin: str
+    paper: str
+    random: bool
+    members: Positive
+    parameters: Count
+    weights_sha256: Sha256
+    training_seed: int
+
+
+class DatasetInfo(_Model):
+    """The first `n` examples of a split; the fingerprint is the whole split's."""
+
+    name: str
+    split: str
+    fingerprint: Sha256
+    n: Positive
+    classes: Positive
+
+
+class AttackInfo(_Model):
+    """An attack: its name as typed (``pgd-20``), its version, and all its parameters."""
+
+    name: str
+    version: int
+    parameters: dict[str, Value]
+
+
+class Proportion(_Model):
+    """A share in [0, 1] of n examples with its 95 % interval."""
+
+    value: Share
+    low: Share
+    high: Share
+    n: Positive
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> "Proportion":
+        """Return what a record keeps of an estimated share."""
+        return cls(value=estimate.value, low=estimate.low, high=estimate.high, n=estimate.n)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"the value {self.value} is not in its interval [{self.low}, {self.high}]")
+        return self
+
+    def differs(self, other: "Proportion") -> bool:
+        """Say whether a number differs from the other's by more than rounding."""
+        mine, others = (self.value, self.low, self.high), (other.value, other.low, other.high)
+        return self.n != other.n or any(abs(a - b) > 1e-9 for a, b in zip(mine, others, strict=True))
+
+
+class CostPerImage(_Model):
+    """Passes of the attack through the members, for each image."""
+
+    forwards: Annotated[float, Field(ge=0)]
+    backwards: Annotated[float, Field(ge=0)]
+
+
+class Outcomes(_Model):
+    """For each example, in order, the share of scoring draws that classify it correctly: 0 or 1 without randomness."""
+
+    clean: list[Share]
+    robust: list[Share]
+
+
+class RandomScore(_Model):
+    """The robust accuracy of a random defense over fresh draws: their mean, the majority vote, and the worst draw.
+
+    `own_count` is the share that the attack itself counts as surviving, where it says so.
+    """
+
+    draws: Positive
+    mean: Proportion
+    majority: Proportion
+    worst: Proportion
+    own_count: Proportion | None = None
+
+
+class Provenance(_Model):
+    """What made the record: source, library versions and hardware."""
+
+    commit: str
+    dirty: bool
+    versions: dict[str, str]
+    device: str
+    processor: str
+    threads: Positive
+
+
+class Timing(_Model):
+    """When the measurement was made (ISO 8601, UTC) and how long it took, in seconds of wall time."""
+
+    created: Time
+    seconds: Annotated[float, Field(ge=0)]
+
+
+class Record(_Model):
+    """One measurement: a defense under an attack. Its accuracies must be those of its outcomes."""
+
+    schema_version: Literal[1] = 1
+    defense: DefenseInfo
+    dataset: DatasetInfo
+    threat: Threat
+    attack: AttackInfo
+    scale: Scale
+    seed: int
+    clean_accuracy: Proportion
+    robust_accuracy: Proportion
+    cost: CostPerImage
+    outcomes: Outcomes
+    random_score: RandomScore | None = None
+    controls: dict[str, float] = Field(default_factory=dict)
+    training: dict[str, Value] | None = None
+    precision: str
+    partial: str | None = None
+    provenance: Provenance
+    timing: Timing
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for kind, outcomes, stated in (
+            ("clean", self.outcomes.clean, self.clean_accuracy),
+            ("robust", self.outcomes.robust, self.robust_accuracy),
+        ):
+            if len(outcomes) != self.dataset.n:
+                raise ValueError(f"{len(outcomes)} {kind} outcomes for {self.dataset.n} examples")
+            if stated.differs(counted := Proportion.of(Estimate.of(outcomes))):
+                raise ValueError(f"the {kind} accuracy ({stated}) is not that of the outcomes ({counted})")
+            if not self.defense.random and not {0, 1}.issuperset(outcomes):
+                raise ValueError(f"a {kind} outcome of a deterministic defense is neither 0 nor 1")
+        if self.defense.random != (self.random_score is not None):
+            raise ValueError("a random defense, and no other, has a random_score (mean, majority and worst draw)")
+        if self.random_score and self.random_score.mean.differs(self.robust_accuracy):
+            raise ValueError(
+                "the robust accuracy of a random defense is its mean over draws; random_score.mean differs"
+            )
+        return self
+
+
+def identity(record: Record) -> str:
+    """Return the SHA-256 (hexadecimal) of what was measured and found: all but the time it took and the commit.
+
+    The same command on the same machine gives the same identity.
+    """
+    kept = record.model_dump(mode="json", exclude={"timing": True, "provenance": {"commit", "dirty"}})
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_name(record: Record) -> str:
+    """Return the record's file name, the same for a repeated or newer measurement of the same thing.
+
+    ``<dataset>_<threat>_<defense>_<attack>_<scale>_n<N>_s<seed>t<training seed>_<digest>.json``, in characters that
+    every file system takes; the 8 digits of the digest tell apart what the readable parts do not (attack parameters,
+    the split, long names).
+    """
+    exact = [record.dataset.name, record.dataset.split, record.threat, record.defense.name]
+    exact += [record.attack.name, json.dumps(record.attack.parameters, sort_keys=True)]
+    readable = [record.dataset.name, record.threat, record.defense.name, record.attack.name]
+    parts = [re.sub(r"[^A-Za-z0-9.,=+-]+", "-", text.replace("_", "-"))[:48] for text in readable]
+    seeds = f"s{record.seed}t{record.defense.training_seed}"
+    digest = hashlib.sha256(json.dumps(exact).encode()).hexdigest()[:8]
+    return "_".join([*parts, record.scale, f"n{record.dataset.n}", seeds, digest]) + ".json"
+
+
+def save(record: Record, folder: Path) -> Path:
+    """Write the record into `folder` under its file name and return the path; the file is whole or absent.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    path = folder / file_name(record)
+    write_atomic(path, to_json(record))
+    return path
+
+
+def to_json(record: Record) -> str:
+    """Return the record as JSON of one line per value, but one line for each list of outcomes."""
+    head = json.dumps(record.model_dump(mode="json", exclude={"outcomes"}), indent=1).removesuffix("\n}")
+    lists = {"clean": record.outcomes.clean, "robust": record.outcomes.robust}
+    lines = [
+        f'  "{name}": {json.dumps([int(v) if v in (0, 1) else v for v in values], separators=(",", ":"))}'
+        for name, values in lists.items()
+    ]
+    return head + ',\n "outcomes": {\n' + ",\n".join(lines) + "\n }\n}\n"
+
+
+def load(path: Path) -> Record:
+    """Read and check one record.
+
+    Raises:
+        UserError: if the file cannot be read or is not a valid record, with the first reason.
+    """
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the record {path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        first, *more = error.errors(include_url=False, include_context=False)
+        place = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        rest = f" (and {len(more)} more)" if more else ""
+        raise UserError(f"{path} is not a valid record: {place + ': ' if place else ''}{reason}{rest}") from None
+
+
+def load_folder(folder: Path) -> list[Record]:
+    """Read every record (``*.json``) in `folder`, sorted by file name.
+
+    Raises:
+        UserError: if the folder does not exist or a file in it is not a valid record.
+    """
+    if not folder.is_dir():
+        raise UserError(f"the folder of records {folder} does not exist")
+    return [load(path) for path in sorted(folder.glob("*.json"), key=lambda path: path.name)]
+
+
+def clean_estimate(record: Record) -> Estimate:
+    """Return the clean accuracy with its per-example values; an example's identity is its place in the split."""
+    return _estimate(record, record.outcomes.clean)
+
+
+def robust_estimate(record: Record) -> Estimate:
+    """Return the robust accuracy with its per-example values; an example's identity is its place in the split."""
+    return _estimate(record, record.outcomes.robust)
+
+
+def worst_case(records: Sequence[Record]) -> tuple[Estimate, Record]:
+    """Return the robust accuracy under the worst attack on each example, and the strongest single record.
+
+    An attack that was run on fewer examples counts on those. For a random defense the least of several noisy shares of
+    draws leans low, by less than their spread over draws. The strongest record has the lowest robust accuracy on the
+    examples that all share, and of several such the highest cost.
+
+    Args:
+        records: of one defense (name, version and weights) on one data set, threat model and scale.
+
+    Raises:
+        UserError: for no records, or records of different subjects.
+    """
+    subjects = {
+        (r.defense.name, r.defense.version, r.defense.weights_sha256, r.dataset.fingerprint, r.threat, r.scale)
+        for r in records
+    }
+    if len(subjects) != 1:
+        raise UserError(
+            f"a worst case is over records of one defense, data set, threat and scale, not of {len(subjects)}"
+        )
+    largest = max(records, key=lambda record: record.dataset.n)
+    worst = np.ones(largest.dataset.n)
+    for record in records:
+        np.minimum(worst[: record.dataset.n], record.outcomes.robust, out=worst[: record.dataset.n])
+    shared = min(record.dataset.n for record in records)
+    strongest = min(records, key=lambda r: (math.fsum(r.outcomes.robust[:shared]), -r.cost.forwards - r.cost.backwards))
+    return _estimate(largest, worst.tolist()), strongest
+
+
+def _estimate(record: Record, values: list[float]) -> Estimate:
+    return Estimate.of(values, examples=range(len(values)), dataset=record.dataset.fingerprint)
+
+
+def provenance(device: str | torch.device) -> Provenance:
+    """Return the source, library versions and hardware of this process; `device` is what the measurement runs on."""
+    device = torch.device(device)
+    commit, dirty = source_state(Path(__file__).parent)
+    return Provenance(
+        commit=commit,
+        dirty=dirty,
+        versions={"python": platform.python_version(), "torch": str(torch.__version__)} | _versions(),
+        device=str(device),
+        processor=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def source_state(folder: Path) -> tuple[str, bool]:
+    """Return the git commit of the checkout that tracks `folder`, and whether the checkout differs from it.
+
+    Files in its ``leaderboard`` do not count, since writing a record must not mark the next one. Without a commit, or
+    where `folder` is not tracked (installed inside some other checkout), it is ``("unknown", False)``.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit or not _git(folder, "ls-files", "--", "."):
+        return "unknown", False
+    return commit, bool(_git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude)leaderboard"))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """Return what git prints, or nothing where it fails or is not installed."""
+    # Inside a git hook the GIT_ variables would point git at another checkout.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _versions() -> dict[str, str]:
+    found = dict.fromkeys(PACKAGES, "unknown")
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()

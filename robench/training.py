@@ -1,0 +1,345 @@
+"""Training in resumable stages: plain, adversarial on an ensemble as one model, per member, or of a last layer only.
+
+A stage trains one module of a defense by one recipe. Its result is stored under a hash of everything that determines it (initial
+weights, recipe, data, seed, precision), so a stage that two defenses share is trained once, and a stage that was interrupted goes on
+from its last epoch to the same weights.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robench import noise
+from robench.attacks.steps import steepest
+from robench.data import Dataset, as_float
+from robench.defense import Defense, as_defense
+from robench.errors import UserError
+from robench.files import write_atomic
+from robench.threat import ThreatModel
+
+VERSION = 1
+"""Part of every stage's hash: raise it when training changes what it computes."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class InnerAttack:
+    """The attack inside adversarial training, on the defense as one model, in evaluation mode.
+
+    Attributes:
+        threat: the threat model's text form, ``Linf:8/255``.
+        steps: steepest-ascent steps on the cross-entropy.
+        step_size: in units of the pixel range.
+        start: the clean image, a uniform point of the ball, or Gaussian noise of half the budget per value, projected
+            (arXiv 1811.09300, Algorithm 1; its variance is not stated there).
+    """
+
+    threat: str
+    steps: int
+    step_size: float
+    start: Literal["clean", "uniform", "gaussian"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage trains.
+
+    Attributes:
+        epochs: passes over the training set.
+        learning_rate: the peak rate.
+        schedule: ``one-cycle`` (linear up for 30 % of the steps, linear down), ``constant``, or ``step`` (x 0.1 at each third).
+        optimiser: SGD with Nesterov momentum 0.9, or Adam.
+        batch_size: images of one step.
+        weight_decay: on all trained parameters.
+        attack: None trains on clean images alone.
+        clean_weight: weight of the clean loss beside the adversarial loss of weight one; 1 is rho = 1 of arXiv 1811.09300, 0 trains
+            on adversarial images alone.
+        loss_on: cross-entropy of the defense's prediction, or the mean cross-entropy of its predictors, each on its own.
+        augmentation: random crop (an eighth of the side as padding) and flip; digits and letters must not be flipped.
+        precision: ``bfloat16`` trains under autocast where the hardware computes it natively, else in float32.
+    """
+
+    epochs: int
+    learning_rate: float
+    schedule: Literal["one-cycle", "constant", "step"] = "one-cycle"
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+    attack: InnerAttack | None = None
+    clean_weight: float = 0.0
+    loss_on: Literal["prediction", "predictors"] = "prediction"
+    augmentation: Literal["none", "crop", "crop-flip"] = "crop-flip"
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a defense's training.
+
+    Attributes:
+        recipe: how.
+        seed: of the data order, augmentation and attack starts.
+        module: dotted path of the module to train within the defense; empty for the defense as a whole.
+        trainable: dotted paths within that module whose parameters learn; empty for all. The rest is frozen, in evaluation mode.
+    """
+
+    recipe: Recipe
+    seed: int
+    module: str = ""
+    trainable: tuple[str, ...] = ()
+
+
+def train(
+    defense: Defense, stages: tuple[Stage, ...], dataset: Dataset, *, folder: Path, device: str = "cpu", progress: Progress | None = None
+) -> None:
+    """Train `defense` in place, stage by stage, taking from `folder` what was trained before.
+
+    Args:
+        defense: untrained, as the zoo builds it.
+        stages: in order.
+        dataset: the training split.
+        folder: where stages and checkpoints are kept.
+        device: ``cpu`` or ``cuda``.
+        progress: is told each epoch's line.
+
+    Raises:
+        UserError: for an unwritable folder, or a checkpoint that is corrupt.
+    """
+    for number, stage in enumerate(stages):
+        module = defense.get_submodule(stage.module)
+        prefix = f"stage {number + 1}/{len(stages)}"
+        _train_stage(module, stage, dataset, folder, device, lambda line, prefix=prefix: progress and progress(f"{prefix} {line}"))
+    defense.eval()
+
+
+def state_hash(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's parameters and buffers, names, shapes and types included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def native_bfloat16(device: str) -> bool:
+    """Return whether the device multiplies bfloat16 natively."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported())  # type: ignore[attr-defined]
+
+
+def _memory_format(module: nn.Module, device: str) -> torch.memory_format:
+    """Return channels_last, the faster layout, but on the CPU only where no convolution has fewer than 16 outputs.
+
+    There the backward pass of torch 2.13 to 2.15 corrupts memory in that layout with several threads and odd batch sizes.
+    """
+    narrow = any(isinstance(m, nn.Conv2d) and m.out_channels < 16 for m in module.modules())
+    return torch.contiguous_format if narrow and torch.device(device).type == "cpu" else torch.channels_last
+
+
+def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, progress: Progress) -> None:
+    recipe = stage.recipe
+    half = recipe.precision == "bfloat16" and native_bfloat16(device)
+    identity = json.dumps(
+        {
+            "version": VERSION, "initial": state_hash(module), "recipe": dataclasses.asdict(recipe), "trainable": stage.trainable,
+            "seed": stage.seed, "data": dataset.fingerprint, "images": len(dataset), "bfloat16": half, "device": torch.device(device).type,
+        },
+        sort_keys=True,
+    )
+    path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
+    if path.exists():
+        _restore(module, _read(path))
+        progress("already trained")
+        return
+    layout = _memory_format(module, device)
+    module.to(device, memory_format=layout)
+    trained = _freeze_but(module, stage.trainable)
+    optimiser = _optimiser(recipe, trained)
+    checkpoint, first = path.with_suffix(".checkpoint"), 0
+    if checkpoint.exists():
+        saved = _read(checkpoint)
+        first = int(saved.pop("epoch"))
+        _restore_optimiser(optimiser, trained, {k: saved.pop(k) for k in list(saved) if k.startswith("optimiser/")})
+        _restore(module, saved)
+    steps = -(-len(dataset) // recipe.batch_size)
+    images, labels = dataset.images.to(device), dataset.labels.to(device)
+    saved_at = time.monotonic()
+    for epoch in range(first, recipe.epochs):
+        started, losses = time.monotonic(), []
+        for step, (indices, x, y) in enumerate(_batches(images, labels, recipe, stage.seed, epoch, layout)):
+            rate = _rate(recipe, epoch * steps + step, recipe.epochs * steps)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            with noise.isolated_generator(stage.seed * 1_000_003 + epoch * steps + step, device):
+                losses.append(_step(module, optimiser, recipe, x, y, noise.Draw(stage.seed, indices, epoch), half, stage.trainable))
+        seconds = time.monotonic() - started
+        loss = float(torch.stack(losses).mean())
+        if loss != loss:
+            raise UserError(f"training diverged in epoch {epoch + 1}: the loss is NaN; lower the recipe's learning rate")
+        progress(f"epoch {epoch + 1}/{recipe.epochs}: loss {loss:.3f}, {len(dataset) / seconds:.0f} images/s")
+        # Writing after every short epoch would cost more than it saves.
+        if epoch + 1 < recipe.epochs and time.monotonic() - saved_at > 5:
+            _write(checkpoint, module.state_dict() | _optimiser_state(optimiser, trained) | {"epoch": torch.tensor(epoch + 1)})
+            saved_at = time.monotonic()
+    module.eval().requires_grad_(True)
+    _write(path, module.state_dict())
+    checkpoint.unlink(missing_ok=True)
+
+
+def _step(
+    module: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe,
+    x: Tensor, y: Tensor, draw: noise.Draw, half: bool, trainable: tuple[str, ...],
+) -> Tensor:
+    """Take one optimiser step on a batch and return its loss."""
+    defense = as_defense(module)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        images, weights = x, torch.ones(len(x), device=x.device)
+        if recipe.attack is not None:
+            module.eval()
+            images = attack_batch(defense, x, y, recipe.attack, draw)
+            if recipe.clean_weight > 0:
+                # One forward for both halves: batch norm then learns the statistics of the mixture it is evaluated with.
+                images, y = torch.cat([images, x]), torch.cat([y, y])
+                weights = torch.cat([weights, recipe.clean_weight * weights])
+                draw = noise.Draw(draw.seed, torch.cat([draw.examples, draw.examples]), draw.number)
+        _train_mode(module, trainable)
+        predictors = defense.predictors(images, draw if defense.random else None)
+        loss = (_losses(defense, predictors, y, recipe) * weights).sum() / weights.sum()
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    return loss.detach()
+
+
+def _losses(defense: Defense, predictors: Tensor, y: Tensor, recipe: Recipe) -> Tensor:
+    """Return each example's loss (B,): of the prediction, or the mean over the predictors (B, N, classes)."""
+    if recipe.loss_on == "prediction":
+        return functional.cross_entropy(defense.aggregate(predictors.float()), y, reduction="none")
+    losses = functional.cross_entropy(predictors.float().flatten(0, 1), y.repeat_interleave(predictors.shape[1]), reduction="none")
+    return losses.reshape(predictors.shape[:2]).mean(1)
+
+
+def attack_batch(defense: Defense, x: Tensor, y: Tensor, attack: InnerAttack, draw: noise.Draw) -> Tensor:
+    """Return adversarial images of a training batch (B, C, H, W); the weights take no gradient.
+
+    Args:
+        defense: in evaluation mode.
+        x: clean images in [0, 1].
+        y: labels.
+        attack: its threat model, steps and start.
+        draw: identifies the batch's examples and epoch; the start and a random defense's noise come from it.
+    """
+    threat = ThreatModel.parse(attack.threat)
+    shape = tuple(x.shape[1:])
+    if attack.start == "uniform":
+        x_adv = threat.random_start(x, draw.examples, draw.seed, f"training/{draw.number}")
+    elif attack.start == "gaussian":
+        x_adv = threat.project(x + 0.5 * threat.epsilon * noise.normal(draw, "training/gaussian", shape), x, rounds=0)
+    else:
+        x_adv = x
+    for _ in range(attack.steps):
+        point = x_adv.detach().requires_grad_()
+        logits = defense(point, draw if defense.random else None)
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(logits.float(), y, reduction="sum"), point)
+        # Training needs no exact projection, and scale-and-clip is the common one.
+        x_adv = threat.project(point.detach() + attack.step_size * steepest(gradient.float(), threat.norm), x, rounds=0)
+    return x_adv.detach()
+
+
+def _train_mode(module: nn.Module, trainable: tuple[str, ...]) -> None:
+    module.train(not trainable)
+    for name in trainable:
+        module.get_submodule(name).train()
+
+
+def _freeze_but(module: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """Let only the named parts learn and return the learning parameters by name."""
+    prefixes = tuple(f"{name}." for name in trainable) or ("",)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.startswith(prefixes))
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _optimiser(recipe: Recipe, trained: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    if recipe.optimiser == "adam":
+        return torch.optim.Adam(trained.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(trained.values(), lr=recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
+
+
+def _rate(recipe: Recipe, step: int, steps: int) -> float:
+    done = (step + 1) / steps
+    if recipe.schedule == "one-cycle":
+        return recipe.learning_rate * min(done / 0.3, (1 - done) / 0.7 + 1 / steps)
+    return recipe.learning_rate * (0.1 ** int(3 * step / steps) if recipe.schedule == "step" else 1.0)
+
+
+def _batches(
+    images: Tensor, labels: Tensor, recipe: Recipe, seed: int, epoch: int, layout: torch.memory_format
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield an epoch's batches: indices (B,), augmented float images (B, C, H, W) and labels (B,)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    for chosen in torch.randperm(len(images), generator=generator).split(recipe.batch_size):
+        indices = chosen.to(images.device)
+        x = as_float(_augmented(images[indices], recipe.augmentation, noise.Draw(seed, indices, epoch)))
+        yield indices, x.contiguous(memory_format=layout), labels[indices]
+
+
+def _augmented(images: Tensor, augmentation: str, draw: noise.Draw) -> Tensor:
+    """Shift uint8 images (B, C, H, W) by up to an eighth of their side, zeros moving in, and mirror half of them."""
+    if augmentation == "none":
+        return images
+    batch, _, height, width = images.shape
+    padding = height // 8
+    padded = functional.pad(images, (padding,) * 4)
+    shift = noise.integers(draw, "augmentation/shift", 0, 2 * padding + 1, (2,))
+    rows = shift[:, :1] + torch.arange(height, device=images.device)
+    columns = shift[:, 1:] + torch.arange(width, device=images.device)
+    if augmentation == "crop-flip":
+        flip = noise.integers(draw, "augmentation/flip", 0, 2, (1,)) == 1
+        columns = torch.where(flip, columns.flip(1), columns)
+    batch_index = torch.arange(batch, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch_index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _optimiser_state(optimiser: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {
+        f"optimiser/{name}/{key}": value
+        for name, parameter in trained.items()
+        for key, value in optimiser.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore_optimiser(optimiser: torch.optim.Optimizer, trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+    for full, value in saved.items():
+        name, _, key = full.removeprefix("optimiser/").rpartition("/")
+        # Adam keeps its step count on the CPU.
+        optimiser.state[trained[name]][key] = value if key == "step" else value.to(trained[name].device)
+
+
+def _restore(module: nn.Module, state: dict[str, Tensor]) -> None:
+    module.load_state_dict(state)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    write_atomic(path, safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"weights file {path} is corrupt or unreadable ({error}); delete it to train again") from error

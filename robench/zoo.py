@@ -1,0 +1,227 @@
+"""The zoo's one door: defenses register here, the built-in ones by the same way as anyone else's.
+
+A defense is a function from a `Setting` to a `Specimen`; its name is the function's. Functions are found through the entry point
+group ``robench.zoo``, whose values are modules or packages (every module of a package is imported), and in files given by path.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from robench import parameters
+from robench.defense import Defense
+from robench.errors import UserError, nearest
+from robench.parameters import Value
+from robench.training import Stage
+
+Scale = Literal["smoke", "cpu", "gpu", "paper"]
+GROUP = "robench.zoo"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a defense or a claim comes from.
+
+    Attributes:
+        title: the paper's title.
+        arxiv: its arXiv identifier, or an empty string.
+        bibtex: its BibTeX entry.
+        slug: a short name for markers and tables.
+    """
+
+    title: str
+    arxiv: str
+    bibtex: str
+    slug: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a defense is built for.
+
+    Attributes:
+        dataset: the data set's name.
+        classes: its number of classes.
+        image_shape: (channels, height, width).
+        scale: how much computation there is.
+        seed: tells independently trained copies apart.
+    """
+
+    dataset: str
+    classes: int
+    image_shape: tuple[int, int, int]
+    scale: Scale
+    seed: int
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A defense, untrained, and the stages that train it, in order. Without stages it is ready as it is."""
+
+    defense: Defense
+    stages: tuple[Stage, ...] = ()
+
+
+Factory = Callable[..., Specimen]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered defense: its factory, integer version (raise it when its weights or outputs change), paper and origin."""
+
+    name: str
+    factory: Factory = field(repr=False)
+    version: int
+    paper: Paper
+    origin: str
+    alias_of: str | None = None
+
+    def defaults(self) -> dict[str, Value]:
+        """Return the defense's parameters and their defaults."""
+        return parameters.keyword_parameters(self.factory)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the factory's docstring."""
+        return (inspect.getdoc(self.factory) or "").partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class Named:
+    """An entry with all its parameters, as ``robust_average,k=8,eps=0.22`` names it."""
+
+    entry: Entry
+    values: dict[str, Value]
+
+    @property
+    def text(self) -> str:
+        """The full name: every parameter is written, so that it means the same when a default changes."""
+        return parameters.written(self.entry.alias_of or self.entry.name, self.values)
+
+    def build(self, setting: Setting) -> Specimen:
+        """Return the untrained defense and its training stages."""
+        return self.entry.factory(setting, **self.values)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A plugin that could not be imported, and why."""
+
+    origin: str
+    reason: str
+
+
+_ENTRIES: dict[str, Entry] = {}
+_FAILURES: dict[str, Failure] = {}
+_discovered: set[str] = set()
+
+
+def register(*, paper: Paper, version: int, alias: str | None = None) -> Callable[[Factory], Factory]:
+    """Register a defense under its function's name, and under `alias` too if given.
+
+    The function takes a `Setting` and keyword-only parameters with defaults, and returns a `Specimen`.
+
+    Raises:
+        UserError: if the name is taken, naming both origins.
+    """
+
+    def add(factory: Factory) -> Factory:
+        origin = f"{factory.__module__} ({inspect.getsourcefile(factory) or 'no file'})"
+        names = [factory.__name__] + ([alias] if alias else [])
+        for name in names:
+            if name in _ENTRIES:
+                raise UserError(f"the defense name {name!r} is taken twice: by {_ENTRIES[name].origin} and by {origin}")
+        for name in names:
+            _ENTRIES[name] = Entry(name, factory, version, paper, origin, None if name == names[0] else names[0])
+        return factory
+
+    return add
+
+
+def discover(plugins: Iterable[Path] = ()) -> None:
+    """Import every plugin once: the entry points of group ``robench.zoo``, then the files in `plugins`.
+
+    A plugin that fails to import is kept in `failures` with its reason, and the others load all the same.
+
+    Raises:
+        UserError: for a name taken twice, or a plugin file that does not exist.
+    """
+    for point in importlib.metadata.entry_points(group=GROUP):
+        _import_once(f"entry point {point.name} = {point.value}", lambda name=point.value: _import_tree(name))
+    for path in plugins:
+        if not path.is_file():
+            raise UserError(f"plugin file {path} does not exist")
+        _import_once(f"plugin file {path.resolve()}", lambda path=path: import_file(path))
+
+
+def _import_once(origin: str, load: Callable[[], object]) -> None:
+    if origin in _discovered:
+        return
+    _discovered.add(origin)
+    _guarded(origin, load)
+
+
+def _guarded(origin: str, load: Callable[[], object]) -> None:
+    before = set(_ENTRIES)
+    try:
+        load()
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's code may fail in any way
+        for name in set(_ENTRIES) - before:
+            del _ENTRIES[name]
+        _FAILURES[origin] = Failure(origin, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _import_tree(name: str) -> None:
+    module = importlib.import_module(name)
+    for child in pkgutil.iter_modules(getattr(module, "__path__", [])):
+        full = f"{name}.{child.name}"
+        _guarded(f"module {full}", lambda full=full: importlib.import_module(full))
+
+
+def import_file(path: Path) -> Any:
+    """Import a Python file by its path and return the module."""
+    name = f"robench_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def entries() -> dict[str, Entry]:
+    """Return every registered defense by name, sorted."""
+    discover()
+    return dict(sorted(_ENTRIES.items()))
+
+
+def failures() -> list[Failure]:
+    """Return the plugins that failed to import."""
+    discover()
+    return list(_FAILURES.values())
+
+
+def parse(text: str) -> Named:
+    """Read a defense's name and parameters: ``natural``, ``robust_average,k=8,eps=0.22``.
+
+    Raises:
+        UserError: for an unknown name or parameter (naming the nearest), or a value of the wrong type.
+    """
+    name, *settings = text.split(",")
+    known = entries()
+    if name not in known:
+        broken = "".join(f"; {f.origin} failed to load ({f.reason})" for f in failures())
+        raise UserError(f"unknown defense {name!r}{nearest(name, known)}; `robench zoo list` shows all{broken}")
+    entry = known[name]
+    values = entry.defaults() | parameters.read_settings(f"defense {name!r}", entry.factory, settings, entry.defaults())
+    return Named(entry, values)

@@ -1,0 +1,308 @@
+"""What holds for every attack: these tests run over the registry, so registering an attack enrols it."""
+
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robench import attacks, losses
+from robench.aggregate import crossmax, majority_vote, mean_of_logits
+from robench.attacks.objective import mean_logits
+from robench.attacks.transfer import MeanSurrogate
+from robench.cost import counted
+from robench.defense import Defense, Ensemble, as_defense
+from robench.errors import UserError
+from robench.noise import Draw, normal, uniform
+from robench.threat import ThreatModel
+
+CLASSES = 5
+QUICK = {"steps": 8, "queries": 40, "draws": 2}
+"""Enough to exercise an attack; set where it has the parameter."""
+ADAPTER = {"autoattack", "autoattack-rand", "pyautoattack", "pyautoattack-rand"}
+"""These take their lengths from the reference implementation, and depend on the batch by its design."""
+RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "pgd", "pgd-adam"]
+
+every_attack = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ADAPTER else []) for name in attacks.registered()]
+)
+own_attacks = pytest.mark.parametrize("name", sorted(set(attacks.registered()) - ADAPTER))
+
+
+class Network(nn.Module):
+    """Two layers with fixed weights from the counter-based generator."""
+
+    def __init__(self, size: int, number: int) -> None:
+        super().__init__()
+        draw = Draw(7, torch.tensor([0]), number)
+        self.first = nn.Parameter(2 * normal(draw, "first", (size, 16))[0] / size**0.5)
+        self.second = nn.Parameter(normal(draw, "second", (16, CLASSES))[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh((x - 0.5).flatten(1) @ self.first) @ self.second
+
+
+class Noisy(Defense):
+    """Two networks that see the image with Gaussian noise."""
+
+    random = True
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList([Network(size, 0), Network(size, 1)])
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        assert draw is not None
+        noise = normal(draw, "noise", tuple(x.shape[1:]))
+        return torch.stack([network(x + 0.3 * noise) for network in self.networks], dim=1)
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return mean_of_logits(logits)
+
+    def members(self) -> list[nn.Module]:
+        return list(self.networks)
+
+
+def images(*shape: int, first: int = 0) -> Tensor:
+    """Return images (B, C, H, W) of which about a third of the values lie on the edge of the box."""
+    return (1.5 * uniform(Draw(1, torch.arange(first, first + shape[0])), "images", shape[1:]) - 0.25).clamp(0, 1)
+
+
+def ensemble(size: int) -> Ensemble:
+    return Ensemble([Network(size, 0), Network(size, 1)], mean_of_logits).eval()
+
+
+def quick(name: str) -> attacks.Attack:
+    attack = attacks.registered()[name]
+    settings = {key: value for key, value in QUICK.items() if key in attack.defaults() and key != attack.number}
+    return attacks.parse(",".join([f"{name}-8" if attack.number else name, *(f"{key}={value}" for key, value in settings.items())]))
+
+
+def predicted(defense: Defense, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return defense(x).argmax(1)
+
+
+@every_attack
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("budget", ["0", "1e-6", "8/255", "2", "1000"])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (3, 1, 5, 2), (2, 1, 1, 1)])
+def test_stays_inside_the_threat_model(name: str, norm: str, budget: str, shape: tuple[int, ...]) -> None:
+    threat, x = ThreatModel.parse(f"{norm}:{budget}"), images(*shape)
+    defense = ensemble(x[0].numel())
+    y = predicted(defense, x)
+    y[0] = 3
+    x_adv = quick(name)(defense, x, y, threat, examples=torch.arange(len(x)) + 2**40, seed=0)
+    assert x_adv.shape == x.shape
+    assert x_adv.dtype == torch.float32
+    assert not x_adv.requires_grad
+    assert threat.violation(x_adv, x) is None
+    if budget == "0":
+        assert torch.equal(x_adv, x)
+
+
+@every_attack
+@pytest.mark.parametrize("norm", ["Linf:0.1", "L2:0.5", "L1:2"])
+def test_same_seed_same_result_whatever_the_global_generators(name: str, norm: str) -> None:
+    x, threat = images(4, 3, 4, 3), ThreatModel.parse(norm)
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index] # noqa: NPY002
+        defense = ensemble(36)
+        results.append(quick(name)(defense, x, predicted(defense, x), threat, examples=torch.arange(4), seed=5))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert np.array_equal(np.random.get_state()[1], before[1])  # type: ignore[index] # noqa: NPY002
+        assert random.getstate() == before[2]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", RANDOM_STARTS)
+def test_another_seed_starts_elsewhere(name: str) -> None:
+    defense, x, threat = ensemble(48), images(4, 3, 4, 4), ThreatModel.parse("L2:0.05")
+    one, two = (quick(name)(defense, x, predicted(defense, x), threat, examples=torch.arange(4), seed=seed) for seed in (0, 1))
+    assert not torch.equal(one, two)
+
+
+@own_attacks
+@pytest.mark.parametrize("kind", [ensemble, Noisy])
+@pytest.mark.parametrize("text", ["Linf:0.05", "L2:0.3", "L1:1"])
+def test_does_not_depend_on_the_batch_or_its_order(name: str, kind: type[Defense], text: str) -> None:
+    defense, x, threat, attack = kind(48).eval(), images(7, 3, 4, 4), ThreatModel.parse(text), quick(name)
+    examples = torch.tensor([5, 11, 2, 40, 7, 300, 1])
+    y = mean_logits(defense, x, examples=examples, seed=0, numbers=range(4)).argmax(1)
+    y[3] = (y[3] + 1) % CLASSES
+    whole = attack(defense, x, y, threat, examples=examples, seed=3)
+    alone = [attack(defense, x[i : i + 1], y[i : i + 1], threat, examples=examples[i : i + 1], seed=3) for i in range(7)]
+    torch.testing.assert_close(torch.cat(alone), whole, rtol=0, atol=1e-5)
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    shuffled = attack(defense, x[order], y[order], threat, examples=examples[order], seed=3)
+    torch.testing.assert_close(shuffled, whole[order], rtol=0, atol=1e-5)
+
+
+@every_attack
+@pytest.mark.parametrize("kind", [ensemble, Noisy])
+def test_leaves_the_defense_as_it_was(name: str, kind: type[Defense]) -> None:
+    defense, x = kind(48).eval(), images(2, 3, 4, 4)
+    parameters = list(defense.parameters())
+    parameters[0].requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in parameters]
+    threat = ThreatModel.parse("Linf:0.02")
+    x_adv = quick(name)(defense, x, torch.tensor([0, 1]), threat, examples=torch.arange(2), seed=0)
+    assert threat.violation(x_adv, x) is None
+    assert [parameter.requires_grad for parameter in parameters] == [False, *[True] * (len(parameters) - 1)]
+    assert all(parameter.grad is None for parameter in parameters)
+    assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True))
+    assert not defense.training
+
+
+@own_attacks
+def test_raises_the_loss_of_a_random_defense(name: str) -> None:
+    """On draws that the attack did not see, and more than noise of the budget's size would."""
+    defense, x, threat = Noisy(48).eval(), images(6, 3, 4, 4), ThreatModel.parse("Linf:0.1")
+    examples, unseen = torch.arange(6), range(10**6, 10**6 + 30)
+
+    def margin(at: Tensor) -> Tensor:
+        return losses.margin(mean_logits(defense, at, examples=examples, seed=0, numbers=unseen), y)
+
+    y = mean_logits(defense, x, examples=examples, seed=0, numbers=unseen).argmax(1)
+    x_adv = quick(name)(defense, x, y, threat, examples=examples, seed=0)
+    by_noise = margin(threat.random_start(x, examples, seed=0)) - margin(x)
+    assert ((margin(x_adv) - margin(x)) > by_noise.abs().max()).all()
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t"])
+def test_apgd_stops_at_the_first_success_and_packs_the_survivors(name: str) -> None:
+    """The passes are those of each example alone, and an image misclassified as it is stays as it is."""
+    defense, x, threat, attack = ensemble(48), images(6, 3, 4, 4), ThreatModel.parse("Linf:0.04"), attacks.parse(name)
+    y, examples = predicted(defense, x), torch.arange(6)
+    y[2] = (y[2] + 1) % CLASSES
+    with counted(defense) as whole:
+        x_adv = attack(defense, x, y, threat, examples=examples, seed=0)
+    assert torch.equal(x_adv[2], x[2])
+    fooled = predicted(defense, x_adv) != y
+    alone = []
+    for i in range(6):
+        with counted(defense) as cost:
+            attack(defense, x[i : i + 1], y[i : i + 1], threat, examples=examples[i : i + 1], seed=0)
+        alone.append(cost)
+    members, runs = 2, 4 if name == "apgd-t" else 1
+    full = members * (1 + 102 * runs)
+    assert (whole.forwards, whole.backwards) == (sum(c.forwards for c in alone), sum(c.backwards for c in alone))
+    assert alone[2].forwards == members
+    assert [cost.forwards == full for cost in alone] == (~fooled).tolist()
+    assert fooled.sum() not in (0, 6)
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t"])
+def test_apgd_attacks_every_example_of_a_random_defense_to_the_end(name: str) -> None:
+    defense, x = Noisy(48).eval(), images(3, 3, 4, 4)
+    attack, wrong = attacks.parse(f"{name},steps=10,draws=3"), torch.tensor([4, 4, 4])
+    with counted(defense) as cost:
+        attack(defense, x, wrong, ThreatModel.parse("Linf:0.3"), examples=torch.arange(3), seed=0)
+    runs = 4 if name == "apgd-t" else 1
+    assert cost.forwards == 3 * 2 * 3 * (1 + 12 * runs)
+    assert cost.backwards == 3 * 2 * 3 * 10 * runs
+
+
+def test_targeted_apgd_needs_four_classes_and_dlr_three() -> None:
+    class Narrow(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.classes = classes
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, : self.classes]
+
+    x = images(2, 1, 2, 2)
+    for name, least in [("apgd-ce", 2), ("apgd-dlr", 3), ("apgd-t", 4), ("pyautoattack", 4), ("pyautoattack-rand", 3)]:
+        defense = as_defense(Narrow(least - 1)).eval()
+        if least > 2:
+            with pytest.raises(UserError, match=f"at least {least} classes"):
+                attacks.parse(name)(defense, x, predicted(defense, x), ThreatModel.parse("Linf:0.1"), examples=torch.arange(2), seed=0)
+        defense = as_defense(Narrow(least)).eval()
+        if name not in ADAPTER:
+            quick(name)(defense, x, predicted(defense, x), ThreatModel.parse("Linf:0.1"), examples=torch.arange(2), seed=0)
+
+
+def test_transfer_ignores_the_target_and_records_the_surrogate() -> None:
+    surrogate, target = ensemble(48), Ensemble([Network(48, 5)], mean_of_logits).eval()
+    x, threat, plain = images(3, 3, 4, 4), ThreatModel.parse("L2:0.4"), attacks.parse("pgd-8")
+    moved = attacks.transfer(surrogate, plain)
+    y = predicted(target, x)
+    through = moved(target, x, y, threat, examples=torch.arange(3), seed=0)
+    assert torch.equal(through, plain(surrogate, x, y, threat, examples=torch.arange(3), seed=0))
+    assert not torch.equal(through, plain(target, x, y, threat, examples=torch.arange(3), seed=0))
+    assert moved.parameters == {**plain.parameters, "surrogate": "Ensemble"}
+    assert moved.name == "transfer:pgd-8"
+
+
+def test_mean_surrogate_keeps_predictors_and_noise() -> None:
+    noisy, x = Noisy(48), images(3, 3, 4, 4)
+    draw = Draw(0, torch.arange(3), 4)
+    surrogate = attacks.mean_surrogate(Ensemble([noisy, Network(48, 2), Network(48, 3)], crossmax))
+    assert isinstance(surrogate, MeanSurrogate)
+    assert surrogate.random
+    torch.testing.assert_close(surrogate(x, draw), surrogate.defense.predictors(x, draw).mean(1))
+    assert surrogate.members() == surrogate.defense.members()
+
+
+def test_mean_transfer_fools_a_vote_that_has_no_gradient() -> None:
+    voters = Ensemble([Network(48, number) for number in range(3)], majority_vote).eval()
+    x, threat = images(12, 3, 4, 4), ThreatModel.parse("Linf:0.3")
+    y, examples = predicted(voters, x), torch.arange(12)
+    direct, moved = (
+        attacks.parse(name)(voters, x, y, threat, examples=examples, seed=0) for name in ("fgsm", "mean-transfer-20")
+    )
+    assert torch.equal(direct, x)
+    assert (predicted(voters, moved) != y).float().mean() > 0.9
+    assert threat.violation(moved, x) is None
+    with pytest.raises(UserError, match="needs a gradient"):
+        attacks.parse("pyautoattack")(voters, x, y, threat, examples=examples, seed=0)
+
+
+@pytest.mark.parametrize("kind", [ensemble, Noisy])
+def test_finetuning_never_loses_to_the_transferred_image(kind: type[Defense]) -> None:
+    """And it stays inside the budget of the clean image, which a chain of projections around adversarial images would leave."""
+    defense, x, threat = kind(48).eval(), images(6, 3, 4, 4), ThreatModel.parse("Linf:0.02")
+    examples = torch.arange(6)
+    y = mean_logits(defense, x, examples=examples, seed=0, numbers=range(20)).argmax(1)
+    draws = 20
+    plain, tuned = (
+        attacks.parse(f"mean-transfer-1,draws={draws},step_size=0.005,finetune={n}")(defense, x, y, threat, examples=examples, seed=0)
+        for n in (0, 20)
+    )
+    loss = [losses.cross_entropy(mean_logits(defense, at, examples=examples, seed=1, numbers=range(50)), y) for at in (plain, tuned)]
+    assert (loss[1] > loss[0]).all()
+    assert threat.violation(tuned, x) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("apgd-cc", "unknown attack 'apgd-cc'.*did you mean 'apgd-ce'"),
+        ("pgd", "'pgd' should read 'pgd-N' with N a positive whole number"),
+        ("pgd-0", "'pgd-0' should read 'pgd-N'"),
+        ("fgsm-3", "'fgsm-3' should read 'fgsm'"),
+        ("pgd-20,restart=2", "no parameter 'restart'.*did you mean 'restarts'"),
+        ("pgd-20,restarts=two", "restarts='two' is not of type int"),
+        ("pgd-20,restarts=0", "restarts must be at least 1, not 0"),
+        ("apgd-t,targets", "no parameter 'targets'|targets='' is not of type int"),
+        ("pgd-20,steps=3", "no parameter 'steps'"),
+        ("apgd-ce,rho=high", "rho='high' is not of type float"),
+    ],
+)
+def test_parse_names_what_is_wrong(text: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        attacks.parse(text)
+
+
+def test_parse_reads_numbers_fractions_and_defaults() -> None:
+    attack = attacks.parse("pgd-20,step_size=2/255,loss=margin")
+    assert attack.name == "pgd-20"
+    assert attack.parameters == {"steps": 20, "step_size": float(Fraction(2, 255)), "restarts": 1, "loss": "margin", "draws": 1}
+    assert attacks.parse("apgd-t").parameters == {"steps": 100, "restarts": 1, "draws": 1, "rho": 0.75, "targets": 9}
+    assert attacks.parse("mean-transfer-5").parameters["finetune"] == 0

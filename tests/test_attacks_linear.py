@@ -1,0 +1,138 @@
+"""Every attack against linear models, where the worst perturbation of each norm inside the box is known in closed form."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robench import attacks, losses
+from robench.aggregate import mean_of_logits
+from robench.defense import Ensemble
+from robench.noise import Draw, normal, uniform
+from robench.threat import ThreatModel
+
+SHAPE = (3, 6, 7)
+SIZE = 3 * 6 * 7
+THREATS = ("Linf:0.1", "Linf:0.6", "L2:1", "L2:4", "L1:3", "L1:20")
+"""For each norm a budget at which the box holds back few values, and one at which it holds back most."""
+
+
+class Linear(nn.Module):
+    """Logits ``(-m/2, m/2, -60, -70, -80)`` for the margin ``m = (x - 1/2) @ direction - offset``: only classes 0 and 1 matter."""
+
+    def __init__(self, direction: Tensor, offset: float) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(direction)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        margin = (x - 0.5).flatten(1) @ self.direction - self.offset
+        others = torch.tensor([-60.0, -70.0, -80.0]).expand(len(x), 3)
+        return torch.cat([torch.stack([-margin / 2, margin / 2], dim=1), others], dim=1)
+
+
+def direction_and_images(examples: int = 6) -> tuple[Tensor, Tensor]:
+    """Return a direction (SIZE,) and images (B, *SHAPE), some of whose values lie on the edge of the box."""
+    ids = torch.arange(examples)
+    images = (1.4 * uniform(Draw(0, ids), "images", SHAPE) - 0.2).clamp(0, 1)
+    return normal(Draw(0, ids[:1]), "direction", (SIZE,))[0] / SIZE**0.5, images
+
+
+def optimal_gain(direction: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
+    """Return the most that a perturbation inside budget and box can add to ``x @ direction``: (B, ...) -> (B,), float64."""
+    low, high, w = -x.flatten(1).double(), 1 - x.flatten(1).double(), direction.double()
+    room = torch.where(w > 0, high, -low)
+    gain = w.abs()
+    if threat.norm == "Linf":
+        return (gain * room.clamp(max=threat.epsilon)).sum(1)
+    if threat.norm == "L1":
+        # Fill the coordinates of largest |w| up to the box, until the budget is spent.
+        order = gain.argsort(descending=True)
+        filled = room[:, order]
+        spent_before = filled.cumsum(1) - filled
+        return (gain[order] * filled.minimum((threat.epsilon - spent_before).clamp(min=0))).sum(1)
+    # The optimum is clip(t * w) for the scale t that meets the budget (stationarity of the Lagrangian), or the corner.
+    small, large = torch.zeros(len(x), 1).double(), torch.full((len(x), 1), 1e6).double()
+    for _ in range(200):
+        scale = (small + large) / 2
+        inside = (gain * scale).minimum(room).norm(dim=1, keepdim=True) <= threat.epsilon
+        small, large = torch.where(inside, scale, small), torch.where(inside, large, scale)
+    return (gain * (gain * small).minimum(room)).sum(1)
+
+
+def share_of_optimum(name: str, text: str, members: int = 1) -> Tensor:
+    """Return, per example, the margin that the attack gains as a share of the most that can be gained."""
+    threat = ThreatModel.parse(text)
+    direction, x = direction_and_images()
+    best = optimal_gain(direction, x, threat)
+    # Out of reach: an attack that stops at success must still climb to the top.
+    offset = float((x - 0.5).flatten(1).matmul(direction).max() + 1.2 * best.max())
+    parts = [direction + (i - (members - 1) / 2) * torch.linspace(-0.2, 0.2, SIZE) for i in range(members)]
+    defense = Ensemble([Linear(part, offset) for part in parts], mean_of_logits).eval()
+    y = torch.zeros(len(x), dtype=torch.int64)
+    x_adv = attacks.parse(name)(defense, x, y, threat, examples=torch.arange(len(x)), seed=0)
+    assert threat.violation(x_adv, x) is None
+    with torch.no_grad():
+        gain = losses.margin(defense(x_adv).double(), y) - losses.margin(defense(x).double(), y)
+    return gain / best
+
+
+@pytest.mark.parametrize("text", THREATS)
+def test_the_closed_form_is_attained_and_not_passed(text: str) -> None:
+    """A projected-gradient solution in float64 comes to the closed form from below."""
+    threat = ThreatModel.parse(text)
+    direction, x = direction_and_images()
+    x, step = x.double(), direction.double().reshape(SHAPE)
+    x_adv = x
+    for _ in range(300):
+        x_adv = threat.project(x_adv + 10 * step, x)
+    share = ((x_adv - x).flatten(1) @ direction.double()) / optimal_gain(direction, x, threat)
+    assert share.max() < 1 + 1e-9
+    assert share.min() > 0.999
+
+
+@pytest.mark.parametrize("text", THREATS)
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t,targets=2"])
+def test_apgd_reaches_the_optimum(name: str, text: str) -> None:
+    share = share_of_optimum(name, text)
+    assert share.max() < 1 + 1e-4
+    assert share.min() > 0.99
+
+
+@pytest.mark.parametrize(("text", "at_least"), [("Linf:0.1", 0.99), ("Linf:0.6", 0.99), ("L2:1", 0.99), ("L2:4", 0.99), ("L1:3", 0.95)])
+@pytest.mark.parametrize("name", ["pgd-100", "pgd-100,loss=margin", "mean-transfer-50,finetune=50"])
+def test_pgd_reaches_the_optimum(name: str, text: str, at_least: float) -> None:
+    """L1 steps of equal size on a fixed share of the values do not settle where the box is met, so it comes less near there."""
+    share = share_of_optimum(f"{name},step_size={0.2 * ThreatModel.parse(text).epsilon}", text)
+    assert share.max() < 1 + 1e-4
+    assert share.min() > at_least
+
+
+@pytest.mark.parametrize("text", ["Linf:0.1", "Linf:0.6"])
+def test_adam_reaches_the_optimum_of_linf(text: str) -> None:
+    assert share_of_optimum("pgd-adam-300", text).min() > 0.99
+
+
+@pytest.mark.parametrize("name", ["fgsm", "ifgsm-10"])
+@pytest.mark.parametrize("text", ["Linf:0.1", "Linf:0.6"])
+def test_sign_steps_are_exact_for_linf(name: str, text: str) -> None:
+    assert share_of_optimum(name, text).min() > 1 - 1e-4
+
+
+def test_a_mean_of_linear_members_is_linear() -> None:
+    assert share_of_optimum("apgd-ce", "L2:1", members=3).min() > 0.99
+    assert share_of_optimum("fgsm", "Linf:0.1", members=4).min() > 1 - 1e-4
+
+
+@pytest.mark.parametrize("text", ["Linf:0.1", "L2:1", "L1:3"])
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t"])
+def test_success_is_found_exactly_up_to_the_reachable_margin(name: str, text: str) -> None:
+    """With the decision at 0.99 of each example's optimal gain every example falls, and at 1.001 none does."""
+    threat = ThreatModel.parse(text)
+    direction, x = direction_and_images(1)
+    start, best = float((x - 0.5).flatten() @ direction), float(optimal_gain(direction, x, threat))
+    y, fooled = torch.zeros(1, dtype=torch.int64), []
+    for share in (0.99, 1.001):
+        defense = Ensemble([Linear(direction, start + share * best)], mean_of_logits).eval()
+        x_adv = attacks.parse(name)(defense, x, y, threat, examples=torch.arange(1), seed=0)
+        fooled.append(bool(defense(x_adv).argmax(1) != y))
+    assert fooled == [True, False]
