@@ -48,7 +48,7 @@ class Dataset:
     Attributes:
         name: the data set's name.
         split: ``train`` or ``test``.
-        images: uint8 (N, 3, H, W), on the CPU.
+        images: uint8 (N, C, H, W), or float32 in [0, 1], on the CPU.
         labels: int64 (N,), from 0 to the number of classes less one.
         classes: the classes' names, in the order of the labels.
         fingerprint: SHA-256 (hexadecimal) of the whole split's images and labels, whatever the data set is called.
@@ -82,8 +82,35 @@ class Dataset:
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [0, 1], of the same shape and on the same device."""
-    return images.to(torch.float32) / 255
+    """Return images as float32 in [0, 1], of the same shape and on the same device: uint8 ones divided by 255."""
+    return images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
+
+
+def from_tensors(images: Tensor, labels: Tensor, classes: int, name: str = "custom") -> Dataset:
+    """Return images and labels of one's own as the test split of a data set.
+
+    Args:
+        images: (N, C, H, W), uint8, or floating point in [0, 1].
+        labels: (N,) whole numbers from 0 to `classes` - 1.
+        classes: how many there are.
+        name: the data set's name in records.
+
+    Raises:
+        UserError: for a wrong shape, a value outside [0, 1] (normalisation belongs inside the model), or a label out of range.
+    """
+    if images.ndim != 4 or labels.shape != images.shape[:1]:
+        shapes = f"images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
+        raise UserError(f"{shapes} are not (N, C, H, W) and (N,)")
+    if images.dtype != torch.uint8:
+        images = images.to(torch.float32)
+        low, high = (float(images.min()), float(images.max())) if images.numel() else (0.0, 0.0)
+        if not (low >= 0 and high <= 1):
+            raise UserError(f"images span [{low:.4g}, {high:.4g}], not [0, 1]; scale them, and normalise inside the model")
+    labels = labels.to(torch.int64)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UserError(f"labels span {int(labels.min())} to {int(labels.max())}, and there are {classes} classes")
+    names = tuple(str(label) for label in range(classes))
+    return Dataset(name, "test", images.cpu(), labels.cpu(), names, _fingerprint(images.cpu(), labels.cpu()))
 
 
 def data_folder(given: Path | None = None) -> Path:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robench.aggregate import Aggregator
-from robench.noise import Draw
+from robench.noise import Draw, isolated_generator
 
 
 class Defense(nn.Module):
@@ -65,7 +65,8 @@ class Ensemble(Defense):
 class Plain(Defense):
     """Any module from images to logits, as a defense with one predictor and no structure to tell.
 
-    `aggregate` is the identity on the one predictor, whatever the module does inside.
+    `aggregate` is the identity on the one predictor, whatever the module does inside. A random one draws from torch's global
+    generators, which are seeded for its forward from the draw and restored after it.
     """
 
     def __init__(self, module: nn.Module, random: bool = False) -> None:
@@ -74,7 +75,12 @@ class Plain(Defense):
         self.random = random
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
-        logits: Tensor = self.module(x)
+        if not self.random or draw is None:
+            logits: Tensor = self.module(x)
+        else:
+            seed = hash((draw.seed, draw.number, int(draw.examples[0]) if len(draw.examples) else 0)) & 0x7FFFFFFF
+            with isolated_generator(seed, x.device):
+                logits = self.module(x)
         return logits[:, None]
 
     def aggregate(self, logits: Tensor) -> Tensor:

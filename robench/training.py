@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -120,8 +121,13 @@ def train(
     for number, stage in enumerate(stages):
         module = defense.get_submodule(stage.module)
         prefix = f"stage {number + 1}/{len(stages)}"
-        _train_stage(module, stage, dataset, folder, device, lambda line, prefix=prefix: progress and progress(f"{prefix} {line}"))
+        _train_stage(module, stage, dataset, folder, device, partial(_tell, progress, prefix))
     defense.eval()
+
+
+def _tell(progress: Progress | None, prefix: str, line: str) -> None:
+    if progress is not None:
+        progress(f"{prefix} {line}")
 
 
 def state_hash(module: nn.Module) -> str:
@@ -136,8 +142,8 @@ def state_hash(module: nn.Module) -> str:
 def native_bfloat16(device: str) -> bool:
     """Return whether the device multiplies bfloat16 natively."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_avx512_bf16_supported())  # type: ignore[attr-defined]
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _memory_format(module: nn.Module, device: str) -> torch.memory_format:
@@ -165,7 +171,7 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
         progress("already trained")
         return
     layout = _memory_format(module, device)
-    module.to(device, memory_format=layout)
+    module.to(device).to(memory_format=layout)
     trained = _freeze_but(module, stage.trainable)
     optimiser = _optimiser(recipe, trained)
     checkpoint, first = path.with_suffix(".checkpoint"), 0
@@ -219,7 +225,7 @@ def _step(
         predictors = defense.predictors(images, draw if defense.random else None)
         loss = (_losses(defense, predictors, y, recipe) * weights).sum() / weights.sum()
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimiser.step()
     return loss.detach()
 

@@ -12,6 +12,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,11 +155,11 @@ def discover(plugins: Iterable[Path] = ()) -> None:
         UserError: for a name taken twice, or a plugin file that does not exist.
     """
     for point in importlib.metadata.entry_points(group=GROUP):
-        _import_once(f"entry point {point.name} = {point.value}", lambda name=point.value: _import_tree(name))
+        _import_once(f"entry point {point.name} = {point.value}", partial(_import_tree, point.value))
     for path in plugins:
         if not path.is_file():
             raise UserError(f"plugin file {path} does not exist")
-        _import_once(f"plugin file {path.resolve()}", lambda path=path: import_file(path))
+        _import_once(f"plugin file {path.resolve()}", partial(import_file, path))
 
 
 def _import_once(origin: str, load: Callable[[], object]) -> None:
@@ -184,7 +185,7 @@ def _import_tree(name: str) -> None:
     module = importlib.import_module(name)
     for child in pkgutil.iter_modules(getattr(module, "__path__", [])):
         full = f"{name}.{child.name}"
-        _guarded(f"module {full}", lambda full=full: importlib.import_module(full))
+        _guarded(f"module {full}", partial(importlib.import_module, full))
 
 
 def import_file(path: Path) -> Any:

@@ -17,7 +17,7 @@ THREATS = ("Linf:0.1", "Linf:0.6", "L2:1", "L2:4", "L1:3", "L1:20")
 
 
 class Linear(nn.Module):
-    """Logits ``(-m/2, m/2, -60, -70, -80)`` for the margin ``m = (x - 1/2) @ direction - offset``: only classes 0 and 1 matter."""
+    """Logits ``(-m/2, m/2, -60, -70, -80)`` with ``m = (x - 1/2) @ direction - offset``: only classes 0 and 1 matter."""
 
     def __init__(self, direction: Tensor, offset: float) -> None:
         super().__init__()
@@ -93,18 +93,19 @@ def test_the_closed_form_is_attained_and_not_passed(text: str) -> None:
 @pytest.mark.parametrize("text", THREATS)
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t,targets=2"])
 def test_apgd_reaches_the_optimum(name: str, text: str) -> None:
+    """In L1 its smallest step is a tenth of the budget, and falls also on values that are at the edge already."""
     share = share_of_optimum(name, text)
     assert share.max() < 1 + 1e-4
-    assert share.min() > 0.99
+    assert share.min() > (0.98 if text == "L1:20" else 0.99)
 
 
-@pytest.mark.parametrize(("text", "at_least"), [("Linf:0.1", 0.99), ("Linf:0.6", 0.99), ("L2:1", 0.99), ("L2:4", 0.99), ("L1:3", 0.95)])
+@pytest.mark.parametrize("text", THREATS[:5])
 @pytest.mark.parametrize("name", ["pgd-100", "pgd-100,loss=margin", "mean-transfer-50,finetune=50"])
-def test_pgd_reaches_the_optimum(name: str, text: str, at_least: float) -> None:
-    """L1 steps of equal size on a fixed share of the values do not settle where the box is met, so it comes less near there."""
+def test_pgd_reaches_the_optimum(name: str, text: str) -> None:
+    """L1 steps of equal size on a fixed share of the values do not settle where the box is met: less near there."""
     share = share_of_optimum(f"{name},step_size={0.2 * ThreatModel.parse(text).epsilon}", text)
     assert share.max() < 1 + 1e-4
-    assert share.min() > at_least
+    assert share.min() > (0.95 if text == "L1:3" else 0.99)
 
 
 @pytest.mark.parametrize("text", ["Linf:0.1", "Linf:0.6"])

@@ -15,6 +15,7 @@ from torch.nn import functional
 from robench import attacks
 from robench.aggregate import mean_of_logits
 from robench.defense import Defense, FreshDraws, as_defense
+from robench.errors import UserError
 from robench.noise import Draw, isolated_generator, normal
 from robench.threat import ThreatModel
 
@@ -50,7 +51,9 @@ def held_out(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return images[-count:], labels[-count:], torch.arange(len(images) - count, len(images))
 
 
-def direct(defense: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int, batch_size: int, **settings: Any) -> Tensor:
+def direct(
+    defense: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int, batch_size: int, **settings: Any
+) -> Tensor:
     """Call pyautoattack as its documentation says."""
     from pyautoattack import AutoAttack
 
@@ -91,10 +94,10 @@ def test_the_adapter_equals_a_direct_call_of_rand() -> None:
         def members(self) -> list[nn.Module]:
             return [self]
 
-    x, threat = torch.rand(6, 2, 1, 4, generator=torch.Generator().manual_seed(0)), ThreatModel.parse("Linf:0.1")
+    x, threat = torch.rand(4, 2, 1, 4, generator=torch.Generator().manual_seed(0)), ThreatModel.parse("Linf:0.2")
     y = x.flatten(2).mean(1).argmax(1)
     defense = Noisy().eval()
-    ours = attacks.parse("pyautoattack-rand,batch_size=4")(defense, x, y, threat, examples=torch.arange(6), seed=8)
+    ours = attacks.parse("pyautoattack-rand,batch_size=4")(defense, x, y, threat, examples=torch.arange(4), seed=8)
     assert torch.equal(ours, direct(FreshDraws(defense, 8), x, y, threat, 8, 4, version="rand"))
     assert not torch.equal(ours, x)
 
@@ -149,6 +152,26 @@ def test_takes_channels_last_images_and_gives_the_same(trained: Defense) -> None
     plain = attack(trained, x, y, threat, examples=examples, seed=0)
     last = attack(trained, x.to(memory_format=torch.channels_last), y, threat, examples=examples, seed=0)
     assert torch.equal(plain, last)
+
+
+def test_refuses_images_on_which_square_fails() -> None:
+    defense, x, zero, attack = as_defense(nn.Flatten()), torch.ones(1, 1, 4, 4), torch.tensor([0]), attacks.parse("pyautoattack")
+    for text in ("L2:1", "L1:1"):
+        with pytest.raises(UserError, match="at least 5 pixels high"):
+            attack(defense, x, zero, ThreatModel.parse(text), examples=zero, seed=0)
+
+
+def test_an_image_moved_out_of_the_budget_is_projected_back() -> None:
+    """On images of one value the reference's L1 projection returns points far outside."""
+
+    class Ramp(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) * torch.tensor([4.0, 1.0, 0.5, 0.2]) + torch.tensor([0.0, 1.0, 0.5, 0.2])
+
+    x, y, threat = torch.ones(8, 1, 1, 1), torch.zeros(8, dtype=torch.int64), ThreatModel.parse("L1:0.03")
+    assert "in L1; the budget is" in str(threat.violation(direct(Ramp(), x, y, threat, 0, 8, version="rand"), x))
+    ours = attacks.parse("pyautoattack-rand")(as_defense(Ramp()).eval(), x, y, threat, examples=torch.arange(8), seed=0)
+    assert threat.violation(ours, x) is None
 
 
 def test_restores_the_process_after_an_error(trained: Defense) -> None:

@@ -123,6 +123,35 @@ def test_as_float_divides_by_255_exactly() -> None:
     assert torch.equal((floats * 255).round().to(torch.uint8), levels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_of_ones_own_make_a_test_split(dtype: torch.dtype) -> None:
+    images = torch.rand(5, 1, 4, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2, 1, 2, 0])
+    made = data.from_tensors(images, labels.int(), 3, "mine")
+    assert (made.name, made.split, made.classes, len(made), made.image_shape) == ("mine", "test", ("0", "1", "2"), 5, (1, 4, 6))
+    assert torch.equal(data.as_float(made.images), images.float())
+    assert made.labels.dtype == torch.int64
+    assert torch.equal(made.labels, labels)
+    levels = (images * 255).to(torch.uint8)
+    assert torch.equal(data.as_float(data.from_tensors(levels, labels, 3).images), levels.float() / 255)
+    other = images.clone()
+    other[4, 0, 3, 5] = 0
+    assert len({data.from_tensors(one, labels, 3).fingerprint for one in (images, other, levels)}) == 3
+
+
+def test_tensors_that_are_no_images_in_range_are_refused() -> None:
+    images, labels = torch.zeros(3, 3, 4, 4), torch.tensor([0, 1, 2])
+    assert "(N, C, H, W)" in refused(data.from_tensors, images[0], labels, 3)
+    assert "labels of shape (2,)" in refused(data.from_tensors, images, labels[:2], 3)
+    for value in (-0.1, 1.5, float("nan"), float("inf")):
+        images[1, 0, 0, 0] = value
+        message = refused(data.from_tensors, images, labels, 3)
+        assert "not [0, 1]" in message
+    images[1, 0, 0, 0] = 0
+    assert "labels span 0 to 2, and there are 2 classes" in refused(data.from_tensors, images, labels, 2)
+    assert "labels span -1" in refused(data.from_tensors, images, labels - 1, 3)
+
+
 def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
     def fingerprint(name: str, **changed: np.ndarray) -> str:
         stored(tmp_path, name, **changed)

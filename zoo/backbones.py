@@ -24,7 +24,8 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+        scaled: Tensor = (x - self.mean) / self.std
+        return scaled
 
 
 class PreActivationBlock(nn.Module):
@@ -43,7 +44,8 @@ class PreActivationBlock(nn.Module):
         out = functional.relu(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.conv2(functional.relu(self.norm2(self.conv1(out))))
-        return out + shortcut
+        total: Tensor = out + shortcut
+        return total
 
 
 class WideResNet(nn.Module):

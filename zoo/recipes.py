@@ -4,6 +4,7 @@ The small scales keep each paper's structure (losses, what is attacked, what is 
 """
 
 import math
+from typing import Literal
 
 from torch import nn
 
@@ -83,7 +84,7 @@ def _inner(threat: str, steps: int, start: str) -> InnerAttack:
 
 
 def _recipe(setting: Setting, attack: InnerAttack | None, clean_weight: float, madry: bool = False) -> Recipe:
-    augmentation = "crop" if setting.dataset == "digits" else "crop-flip"
+    augmentation: Literal["crop", "crop-flip"] = "crop" if setting.dataset == "digits" else "crop-flip"
     if setting.scale == "smoke":
         return Recipe(epochs=12, learning_rate=0.2, attack=attack, clean_weight=clean_weight, augmentation="none", batch_size=64)
     if setting.scale == "paper":

@@ -4,6 +4,7 @@ The paper averages outputs without saying whether logits or probabilities; logit
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Composite(Defense):
         self.head = head
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
-        features = torch.cat([network.features(x) for network in self.networks], dim=1)
+        features = torch.cat([cast(Backbone, network).features(x) for network in self.networks], dim=1)
         logits: Tensor = self.head(features)
         return logits[:, None]
 
@@ -60,7 +61,7 @@ class Composite(Defense):
 
     def members(self) -> list[nn.Module]:
         # A backbone's stages run in `features` and in `forward` alike.
-        return [network.stages for network in self.networks]  # type: ignore[misc]
+        return [cast(Backbone, network).stages for network in self.networks]
 
 
 def _composite(setting: Setting, eps: float, alpha: float, backbone: str | None, member: int, path: str) -> tuple[Composite, list[Stage]]:

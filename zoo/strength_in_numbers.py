@@ -105,7 +105,8 @@ class Gated(Defense):
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
         logits = torch.stack([network(x) for network in self.networks], dim=1)
         weights = self.gate(x).softmax(-1)
-        return logits * weights[:, :, None] * len(self.networks)
+        weighted: Tensor = logits * weights[:, :, None] * len(self.networks)
+        return weighted
 
     def aggregate(self, logits: Tensor) -> Tensor:
         return mean_of_logits(logits)

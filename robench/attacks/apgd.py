@@ -129,12 +129,8 @@ class _Search:
         return _Search(**{entry.name: getattr(self, entry.name)[chosen] for entry in fields(self)})
 
     def step(self, threat: ThreatModel, first: bool) -> None:
-        """Take one step: with momentum for Linf and L2; for L1 without, on few values, of those that the box leaves room for.
-
-        The paper's L1 step takes the values of largest gradient whatever the box; it then ends below the optimum of a linear
-        model wherever the box is met.
-        """
-        direction = steepest(self.gradient, threat.norm, self.x_adv, self.sparsity)
+        """Take one step: with momentum for Linf and L2; for L1 without, on the values of largest gradient whatever the box."""
+        direction = steepest(self.gradient, threat.norm, sparsity=self.sparsity)
         x_new = threat.project(self.x_adv + _column(self.step_size, self.x) * direction, self.x)
         if threat.norm != "L1" and not first:
             moved = MOMENTUM * (x_new - self.x_adv) + (1 - MOMENTUM) * (self.x_adv - self.x_before)

@@ -2,8 +2,9 @@
 
 The one place that touches it. It reseeds torch's global generators for each of its batches, so its results depend on
 `batch_size`, which is therefore a parameter of the attack and kept in records. A call here equals a direct call with the same
-seed and batches, except that what it does to the process is undone: the generators' states, its log, its warnings, and a check
-that replaces the interpreter's trace function.
+seed and batches, except that what it does to the process is undone (the generators' states, its log, its warnings, a check that
+replaces the interpreter's trace function), and that an image it moves out of the threat model is projected back: its L1
+attacks leave the box by rounding, and the budget on images of one value.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ def pyautoattack(
     Args beyond every attack's: `batch_size`, images attacked together, on which the result depends.
 
     Raises:
-        UserError: with fewer than 4 classes, or if the defense's logits have no gradient.
+        UserError: with fewer than 4 classes, if the defense's logits have no gradient, or, for L2 and L1, with images less than
+            5 pixels high, on which its Square attack fails.
     """
     return _run("standard", 4, defense, x, y, threat, examples, seed, batch_size)
 
@@ -64,6 +66,8 @@ def _run(
 ) -> Tensor:
     if threat.epsilon == 0 or not len(x):
         return x.clone()
+    if version == "standard" and threat.norm != "Linf" and x.shape[2] < 5:
+        raise UserError(f"AutoAttack in {threat.norm} needs images at least 5 pixels high, and these are {x.shape[2]}")
     with _contained(), _frozen(defense):
         from pyautoattack import AutoAttack
 
@@ -76,8 +80,8 @@ def _run(
         attack = AutoAttack(model, norm=threat.norm, eps=threat.epsilon, seed=seed, version=version, device=x.device)
         for targeted in (attack.apgd_targeted, attack.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
-        x_adv: Tensor = attack.run_standard_evaluation(images, y, batch_size=batch_size)[0]
-    return x_adv.detach()
+        x_adv: Tensor = attack.run_standard_evaluation(images, y, batch_size=batch_size)[0].detach()
+    return threat.project(x_adv, images) if threat.violation(x_adv, images) else x_adv
 
 
 def _classes(defense: Defense, image: Tensor, example: Tensor, seed: int) -> int:

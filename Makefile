@@ -1,0 +1,43 @@
+# The two commands that matter: make demo, make test.
+PYTHON ?= python3
+UV = .uv/bin/uv
+BIN = .venv/bin
+
+.PHONY: setup demo test lint claims bench clean
+
+setup: .venv/installed
+
+# uv comes into a folder of the project, so that nothing outside it changes.
+$(UV):
+	$(PYTHON) -m venv .uv
+	.uv/bin/python -m pip install --quiet uv==0.13.8
+
+.venv/installed: $(UV) requirements.lock pyproject.toml
+	$(UV) venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(BIN)/robench demo --out robench-demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+claims: setup
+	$(BIN)/python -m pytest claims
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+# Regenerates the lock file, with hashes and without addresses.
+requirements.lock: | $(UV)
+	$(UV) pip compile pyproject.toml --group dev --extra robustbench --universal --generate-hashes --no-header --quiet -o $@
+
+clean:
+	rm -rf .venv .uv robench-demo

@@ -1,0 +1,154 @@
+"""How claims run as tests: options, markers, one test for each claim and data set, and the table at the end."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import pytest
+import torch
+from rich.console import Console
+
+from robench import record, verdicts, zoo
+from robench.claim import Claim, Settlement, Trial, settle
+from robench.errors import UserError
+from robench.files import write_atomic
+from robench.workbench import Workbench, default_scale
+from robench.zoo import Scale
+
+RECORDS = Path(__file__).resolve().parent.parent / "leaderboard" / "records"
+SETTLED = pytest.StashKey[list[Settlement]]()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A claim on one of its data sets."""
+
+    claim: Claim
+    trial: Trial
+
+    def __str__(self) -> str:
+        return f"{self.claim.name}-{self.trial.dataset}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add robench's options."""
+    group = parser.getgroup("robench")
+    group.addoption("--gpu", action="store_true", help="run the claims at gpu scale, on a CUDA device")
+    group.addoption("--scale", choices=get_args(Scale), help="run the claims at this scale")
+    group.addoption("--seeds", type=int, default=1, help="independently trained copies of each defense (default 1)")
+    group.addoption("--n", type=int, help="test examples (default: the scale's)")
+    group.addoption("--records", type=Path, default=RECORDS, help="folder of records that are taken as measured")
+    group.addoption("--fresh", action="store_true", help="measure everything anew, whatever records there are")
+    group.addoption("--json", type=Path, help="write the table of verdicts to this file")
+    group.addoption("--cache-dir", type=Path, help="folder of trained weights and unfinished work")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the markers: data sets, papers, gpu."""
+    for name in ("digits", "cifar10", "cifar100"):
+        config.addinivalue_line("markers", f"{name}: claims on {name}")
+    for slug in sorted({entry.paper.slug for entry in zoo.entries().values()}):
+        config.addinivalue_line("markers", f"{slug}: claims of that paper")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.stash[SETTLED] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make one test of each claim on each data set, marked with the data set and the paper."""
+    if "case" in metafunc.fixturenames:
+        cases = [
+            pytest.param(case, id=str(case), marks=[getattr(pytest.mark, trial.dataset), getattr(pytest.mark, claim.paper.slug)])
+            for claim in metafunc.module.CLAIMS
+            for trial in claim.trials
+            for case in [Case(claim, trial)]
+        ]
+        metafunc.parametrize("case", cases)
+
+
+@pytest.fixture(scope="session")
+def workbench(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Scale], Workbench]]:
+    """Return a function that gives the workbench of a data set and scale, one for the whole run."""
+    option = request.config.getoption
+    known = [] if option("--fresh") or not option("--records").is_dir() else record.load_folder(option("--records"))
+    benches: dict[tuple[str, Scale], Workbench] = {}
+
+    def give(dataset: str, scale: Scale) -> Workbench:
+        if (dataset, scale) not in benches:
+            device = "cuda" if scale in ("gpu", "paper") else "cpu"
+            benches[dataset, scale] = Workbench(
+                dataset, scale, records=list(known), device=device, cache=option("--cache-dir"), examples=option("--n")
+            )
+        return benches[dataset, scale]
+
+    yield give
+
+
+@pytest.fixture
+def settle_case(request: pytest.FixtureRequest, workbench: Callable[[str, Scale], Workbench]) -> Callable[[Case], None]:
+    """Return the function that settles a claim and compares the outcome with the one the project stands by."""
+    option = request.config.getoption
+
+    def run(case: Case) -> None:
+        dataset = case.trial.dataset
+        scale = cast(Scale, "gpu" if option("--gpu") else option("--scale") or default_scale(dataset))
+        if scale not in case.trial.scales:
+            pytest.skip(f"{case.claim.name} is not claimed on {dataset} at scale {scale}, but at {', '.join(case.trial.scales)}")
+        bench = workbench(dataset, scale)
+        try:
+            settlement = settle(case.claim, dataset, scale, _ready(bench), seeds=option("--seeds"))
+        except _Missing as missing:
+            pytest.skip(str(missing))
+        request.config.stash[SETTLED].append(settlement)
+        _compare(settlement)
+
+    return run
+
+
+class _Missing(Exception):
+    """What a measurement needs and is not there."""
+
+
+def _ready(bench: Workbench) -> Callable[..., Any]:
+    """Return the workbench's `find`, which says what is missing instead of measuring where it cannot."""
+
+    def find(accuracy: Any, seed: int) -> Any:
+        try:
+            if bench.settled_by_records(accuracy, seed):
+                return bench.find(accuracy, seed)
+            if bench.device == "cuda" and not torch.cuda.is_available():
+                raise _Missing(
+                    f"no record of {accuracy.defense} on {bench.dataset_name} at scale {bench.scale}, and no CUDA device to measure it: "
+                    "run on a machine with one, or put records into the folder of --records"
+                )
+            _ = bench.dataset
+        except UserError as error:
+            raise _Missing(str(error)) from error
+        return bench.find(accuracy, seed)
+
+    return find
+
+
+def _compare(settlement: Settlement) -> None:
+    standing = settlement.standing
+    outcome = f"{settlement.verdict}, {settlement.status}: {settlement.estimate}; under the strongest attack {settlement.strongest}"
+    if not settlement.as_stood_by:
+        stood = f"{' or '.join(standing.verdicts)}, {' or '.join(standing.status)}"
+        pytest.fail(f"{settlement.claim.name} on {settlement.dataset} came to {outcome}; the project stands by {stood}", pytrace=False)
+    if standing.because:
+        # A strict expected failure: anything else than this very outcome has failed above.
+        pytest.xfail(f"{outcome}. {standing.because}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table of verdicts."""
+    settled = config.stash[SETTLED]
+    if path := config.getoption("--json"):
+        write_atomic(path, verdicts.as_json(settled))
+    if not settled:
+        return
+    console = Console(width=160, force_terminal=False)
+    with console.capture() as capture:
+        console.print(verdicts.as_table(settled))
+    terminalreporter.write_line("")
+    terminalreporter.write(capture.get())

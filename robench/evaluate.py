@@ -1,0 +1,289 @@
+"""Evaluation: a defense, a data set, a threat model and an attack make a record with the outcome of every example."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robench import attacks, data, record, targets, zoo
+from robench.attacks import Attack
+from robench.cost import Cost, counted
+from robench.data import Dataset, as_float
+from robench.defense import Defense
+from robench.errors import UserError
+from robench.estimate import Estimate
+from robench.files import write_atomic
+from robench.noise import Draw
+from robench.record import Record
+from robench.targets import Target
+from robench.threat import ThreatModel
+from robench.training import state_hash
+
+SCORING_DRAWS = 10
+"""Fresh draws that score a random defense."""
+CONTROL_EXAMPLES = 32
+"""Examples of each control of a random defense."""
+
+Precision = Literal["float32", "bfloat16"]
+Progress = Callable[[str], None]
+
+
+def evaluate(
+    model: nn.Module, *, dataset: str | Dataset, threat: str | ThreatModel, attack: str | Attack = "autoattack", n: int | None = None,
+    seed: int = 0, batch_size: int = 100, device: str = "cpu", scale: zoo.Scale = "cpu", name: str | None = None,
+) -> Record:  # fmt: skip
+    """Attack a model and return the record.
+
+    Args:
+        model: from images (B, C, H, W) in [0, 1] to logits (B, classes), normalisation inside; a `Defense` tells more.
+        dataset: a name (its test split is taken) or a data set.
+        threat: ``Linf:8/255`` or a threat model.
+        attack: an attack's name, ``pgd-20,restarts=5``.
+        n: the first n examples; all by default.
+        seed: the attack's seed.
+        batch_size: examples attacked together.
+        device: ``cpu`` or ``cuda``.
+        scale: what the record says of the protocol's scale.
+        name: what the record calls the model; its class by default.
+
+    Raises:
+        UserError: for anything that does not fit, in one line.
+    """
+    split = data.load(dataset, "test") if isinstance(dataset, str) else dataset
+    return measure(
+        targets.of_module(model, name), split.first(n or len(split)), ThreatModel.parse(threat) if isinstance(threat, str) else threat,
+        attacks.parse(attack) if isinstance(attack, str) else attack, seed=seed, batch_size=batch_size, device=device, scale=scale,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The outcome of some consecutive examples: predictions (draws, B) on clean and adversarial images, cost and seconds."""
+
+    clean: list[list[int]]
+    robust: list[list[int]]
+    forwards: int
+    backwards: int
+    seconds: float
+
+
+def measure(
+    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, *, seed: int = 0, batch_size: int = 100,
+    device: str = "cpu", scale: zoo.Scale = "cpu", precision: Precision | None = None, cache: Path | None = None,
+    progress: Progress = lambda _line: None,
+) -> Record:
+    """Evaluate a target and return the record.
+
+    Args:
+        target: what to attack.
+        dataset: the examples, in order; an example's identity is its index.
+        threat: the threat model.
+        attack: the attack.
+        seed: the attack's seed.
+        batch_size: examples attacked together; an attack with a batch size of its own keeps it.
+        device: ``cpu`` or ``cuda``.
+        scale: what the record says of the protocol's scale.
+        precision: of the attack; every success is scored in float32. bfloat16 on CUDA by default, else float32.
+        cache: where finished chunks are kept, so that an interrupted evaluation goes on; None keeps nothing.
+        progress: is told a line after each chunk.
+
+    Raises:
+        UserError: for a model that does not fit the data set or returns what is not finite, an attack that leaves the threat
+            model, or an unwritable cache.
+    """
+    defense = target.defense.to(device).eval()
+    if precision is None or "batch_size" in attack.parameters:
+        reduced = torch.device(device).type == "cuda" and "batch_size" not in attack.parameters
+        precision = "bfloat16" if reduced else "float32"
+    size = int(attack.parameters.get("batch_size") or batch_size)
+    first = as_float(dataset.images[:16]).to(device)
+    behaviour = _predict_logits(target, first, torch.arange(len(first), device=device), seed, dataset)
+    key = _key(target, dataset, threat, attack, seed, size, precision, behaviour)
+    folder = cache / "evaluations" / key if cache else None
+    chunks: list[_Chunk] = []
+    for start in range(0, len(dataset), size):
+        stop = min(start + size, len(dataset))
+        path = folder / f"{start:06d}-{stop:06d}.json" if folder else None
+        chunk = _load(path) if path else None
+        if chunk is None:
+            chunk = _attack_chunk(target, dataset, start, stop, threat, attack, seed, device, precision)
+            if path:
+                write_atomic(path, json.dumps(chunk.__dict__))
+        chunks.append(chunk)
+        robust = np.concatenate([_correct(c.robust, dataset.labels, i * size).mean(0) for i, c in enumerate(chunks)])
+        progress(f"{target.name} under {attack.name}: {stop}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}")
+    controls = _controls(target, dataset, threat, attack, seed, device, folder) if defense.random else {}
+    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, controls)
+
+
+def _key(
+    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, size: int, precision: str, behaviour: Tensor
+) -> str:
+    """Return the hash of all that determines a chunk's outcome; the logits of some images stand for the model's code."""
+    identity = [
+        target.name, target.version, state_hash(target.defense), hashlib.sha256(behaviour.cpu().numpy().tobytes()).hexdigest(),
+        dataset.fingerprint, str(threat), attack.name, attack.version, dict(attack.parameters), seed, size, precision,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _load(path: Path) -> _Chunk | None:
+    if not path.exists():
+        return None
+    try:
+        return _Chunk(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is corrupt ({error}); delete it to measure again") from error
+
+
+def _predict_logits(target: Target, x: Tensor, examples: Tensor, seed: int, dataset: Dataset) -> Tensor:
+    """Return logits of clean images, having made sure that they fit the data set and are finite."""
+    with torch.no_grad():
+        try:
+            logits: Tensor = target.defense(x, Draw(seed, examples) if target.defense.random else None)
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise UserError(f"{target.name} fails on images of shape {tuple(x.shape)} of {dataset.name}: {line}") from error
+    targets.check_classes(target, tuple(logits.shape), dataset)
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(f"{target.name} returns logits that are not finite (NaN or infinity) on clean images of {dataset.name}")
+    if not target.defense.random:
+        with torch.no_grad():
+            again = target.defense(x)
+        if not torch.equal(logits, again):
+            raise UserError(f"{target.name} gives different logits for the same images; declare it random (Defense.random or Plain)")
+    return logits.float()
+
+
+def _attack_chunk(
+    target: Target, dataset: Dataset, start: int, stop: int, threat: ThreatModel, attack: Attack, seed: int, device: str, precision: str
+) -> _Chunk:
+    started = time.monotonic()
+    defense = target.defense
+    x, y = as_float(dataset.images[start:stop]).to(device), dataset.labels[start:stop].to(device)
+    examples = torch.arange(start, stop, device=device)
+    with counted(defense) as cost:
+        x_adv = _adversarial(defense, x, y, threat, attack, examples, seed, precision)
+    if (problem := threat.violation(x_adv, x)) is not None:
+        raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
+    clean, robust = predictions(defense, x, examples, seed), predictions(defense, x_adv, examples, seed)
+    return _Chunk(clean.tolist(), robust.tolist(), cost.forwards, cost.backwards, time.monotonic() - started)
+
+
+def _adversarial(
+    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, attack: Attack, examples: Tensor, seed: int, precision: str
+) -> Tensor:
+    """Attack in the given precision; what fools the defense only in reduced precision is attacked again in float32."""
+    if precision == "float32":
+        return attack(defense, x, y, threat, examples=examples, seed=seed)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        x_adv = attack(defense, x, y, threat, examples=examples, seed=seed).float()
+        claimed = predictions(defense, x_adv, examples, seed)[0] != y
+    if not defense.random:
+        again = claimed & (predictions(defense, x_adv, examples, seed)[0] == y)
+        if bool(again.any()):
+            x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
+    return x_adv
+
+
+@torch.no_grad()
+def predictions(defense: Defense, x: Tensor, examples: Tensor, seed: int, draws: int = SCORING_DRAWS) -> Tensor:
+    """Return predicted classes (draws, B), over fresh draws for a random defense, one row for a deterministic one.
+
+    The scoring draws are independent of every draw that an attack with this seed can have used.
+    """
+    if not defense.random:
+        classes: Tensor = defense(x).argmax(1)
+        return classes[None]
+    score_seed = int.from_bytes(hashlib.sha256(f"score/{seed}".encode()).digest()[:6], "little")
+    return torch.stack([defense(x, Draw(score_seed, examples, number)).argmax(1) for number in range(draws)])
+
+
+def _correct(predicted: list[list[int]], labels: Tensor, start: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    classes = np.asarray(predicted)
+    correct: np.ndarray[Any, np.dtype[np.bool_]] = classes == labels[start : start + classes.shape[1]].numpy()[None]
+    return correct
+
+
+def _controls(
+    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, device: str, folder: Path | None
+) -> dict[str, float]:
+    """Return a random defense's controls on the first examples: with no budget the attack must leave the clean accuracy
+    standing, with any budget none.
+    """
+    path = folder / "controls.json" if folder else None
+    if path and path.exists():
+        return {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
+    few = dataset.first(min(CONTROL_EXAMPLES, len(dataset)))
+    values = few.images[0].numel()
+    everything = {"Linf": 1, "L2": int(values**0.5) + 1, "L1": values}[threat.norm]
+    results = {}
+    for name, budget in (("tiny budget", Fraction(1, 10**6)), ("unbounded", Fraction(everything))):
+        chunk = _attack_chunk(target, few, 0, len(few), ThreatModel(threat.norm, budget), attack, seed, device, "float32")
+        results[f"{name}: robust accuracy"] = float(_correct(chunk.robust, few.labels, 0).mean())
+        results[f"{name}: clean accuracy"] = float(_correct(chunk.clean, few.labels, 0).mean())
+    if path:
+        write_atomic(path, json.dumps(results))
+    return results
+
+
+def _record(
+    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, scale: zoo.Scale, precision: str, device: str,
+    chunks: list[_Chunk], controls: dict[str, float],
+) -> Record:
+    labels = dataset.labels.numpy()
+    clean_classes = np.concatenate([np.asarray(c.clean) for c in chunks], axis=1)
+    robust_classes = np.concatenate([np.asarray(c.robust) for c in chunks], axis=1)
+    clean, robust = (classes == labels[None] for classes in (clean_classes, robust_classes))
+    if not target.defense.random:
+        # The clean image is in the threat model: what is misclassified there is not robust, wherever the attack ended.
+        robust &= clean
+    total = sum((Cost(c.forwards, c.backwards) for c in chunks), Cost())
+    defense, n = target.defense, len(dataset)
+    clean_estimate, robust_estimate = (Estimate.of(correct.mean(0), dataset=dataset.fingerprint) for correct in (clean, robust))
+    return Record(
+        schema_version=1,
+        defense=record.DefenseInfo(
+            name=target.name, version=target.version, origin=target.origin, paper=target.paper, random=defense.random,
+            members=len(defense.members()), parameters=sum(p.numel() for p in defense.parameters()),
+            weights_sha256=state_hash(defense), training_seed=target.training_seed,
+        ),
+        dataset=record.DatasetInfo(
+            name=dataset.name, split=dataset.split, fingerprint=dataset.fingerprint, n=n, classes=len(dataset.classes)
+        ),
+        threat=str(threat),
+        attack=record.AttackInfo(name=attack.name, version=attack.version, parameters=dict(attack.parameters)),
+        scale=scale,
+        seed=seed,
+        clean_accuracy=record.Proportion.of(clean_estimate),
+        robust_accuracy=record.Proportion.of(robust_estimate),
+        cost=record.CostPerImage(forwards=total.forwards / n, backwards=total.backwards / n),
+        outcomes=record.Outcomes(clean=clean.mean(0).tolist(), robust=robust.mean(0).tolist()),
+        random_score=_random_score(robust, robust_classes, labels, len(dataset.classes)) if defense.random else None,
+        controls=controls,
+        training=target.training,
+        precision=precision,
+        provenance=record.provenance(device),
+        timing=record.Timing(created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(sum(c.seconds for c in chunks), 3)),
+    )  # fmt: skip
+
+
+def _random_score(correct: Any, classes: Any, labels: Any, count: int) -> record.RandomScore:
+    """Return the three readings of a random defense's outcomes (draws, n)."""
+    votes = np.stack([(classes == c).sum(0) for c in range(count)])
+
+    def share(values: Any) -> record.Proportion:
+        return record.Proportion.of(Estimate.of(np.asarray(values, dtype=float)))
+
+    return record.RandomScore(
+        draws=len(correct), mean=share(correct.mean(0)), majority=share(votes.argmax(0) == labels), worst=share(correct.all(0))
+    )

@@ -1,0 +1,123 @@
+"""What is evaluated: a defense with its name, version and origin, found by a TARGET text or given as a module."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from robench import data, sources, training, zoo
+from robench.data import Dataset
+from robench.defense import Defense, as_defense
+from robench.errors import UserError
+from robench.files import cache_folder
+from robench.parameters import Value
+from robench.threat import ThreatModel
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A defense ready for evaluation, and what a record says of it.
+
+    Attributes:
+        defense: in evaluation mode.
+        name: its full name with parameters.
+        version: the defense's version; 0 where none is kept.
+        origin: ``zoo``, ``robustbench``, ``timm``, ``file`` or ``module``.
+        paper: its arXiv identifier, or an empty string.
+        training_seed: which independently trained copy.
+        training: the recipes it was trained by; None where that is not known.
+    """
+
+    defense: Defense
+    name: str
+    version: int = 0
+    origin: str = "module"
+    paper: str = ""
+    training_seed: int = 0
+    training: dict[str, Value] | None = None
+
+
+def of_module(module: nn.Module, name: str | None = None) -> Target:
+    """Return a module of one's own as a target, named after its class unless a name is given."""
+    return Target(as_defense(module).eval(), name or type(module).__name__)
+
+
+def resolve(
+    text: str, dataset: Dataset, threat: ThreatModel, *, scale: zoo.Scale, seed: int = 0, device: str = "cpu",
+    cache: Path | None = None, progress: Progress = lambda _line: None,
+) -> Target:
+    """Return the target that `text` names, training a defense of the zoo that is not trained yet.
+
+    Args:
+        text: a name of the zoo with parameters (``robust_average,k=8,eps=0.22``), ``robustbench:NAME``, ``timm:NAME``, or
+            ``path/to/file.py:factory``.
+        dataset: what it is evaluated on; the zoo trains on its training split.
+        threat: the threat model; robustbench keeps its models by norm.
+        scale: the scale of a defense of the zoo.
+        seed: the training seed of a defense of the zoo.
+        device: where it is trained.
+        cache: the cache folder.
+        progress: is told each line of training.
+
+    Raises:
+        UserError: if there is no such target, or it cannot be loaded.
+    """
+    source, _, rest = text.partition(":")
+    if source in ("robustbench", "timm") and rest:
+        load = sources.from_robustbench if source == "robustbench" else sources.from_timm
+        module = load(rest, dataset, threat, cache_folder(cache))
+        return Target(as_defense(module).eval(), text, origin=source)
+    if ".py:" in text:
+        return Target(as_defense(sources.from_file(text)).eval(), Path(text).name, origin="file")
+    return trained(zoo.parse(text), dataset, scale=scale, seed=seed, device=device, cache=cache, progress=progress)
+
+
+def setting_for(dataset: Dataset, scale: zoo.Scale, seed: int) -> zoo.Setting:
+    """Return the setting in which the zoo builds its defenses for a data set."""
+    return zoo.Setting(dataset.name, len(dataset.classes), dataset.image_shape, scale, seed)
+
+
+def trained(
+    named: zoo.Named, dataset: Dataset, *, scale: zoo.Scale, seed: int = 0, device: str = "cpu", cache: Path | None = None,
+    progress: Progress = lambda _line: None,
+) -> Target:
+    """Return a defense of the zoo, trained on the training split of `dataset` or taken from the cache; see `resolve`."""
+    specimen = named.build(setting_for(dataset, scale, seed))
+    if specimen.stages:
+        split = data.load(dataset.name, "train")
+        folder = cache_folder(cache) / "training"
+        training.train(specimen.defense, specimen.stages, split, folder=folder, device=device, progress=progress)
+    entry = named.entry
+    return Target(
+        specimen.defense.eval(), named.text, entry.version, "zoo", entry.paper.arxiv, seed, _summary(specimen.stages),
+    )  # fmt: skip
+
+
+def _summary(stages: tuple[training.Stage, ...]) -> dict[str, Value]:
+    """Return what was trained how, a line per stage."""
+    lines: dict[str, Value] = {}
+    for number, stage in enumerate(stages):
+        recipe = stage.recipe
+        attack = "clean images" if recipe.attack is None else " ".join(f"{k}={v}" for k, v in dataclasses.asdict(recipe.attack).items())
+        part = ",".join(stage.trainable) or "all"
+        lines[f"stage {number + 1}"] = (
+            f"{stage.module or 'whole'}/{part}: {recipe.epochs} epochs, {recipe.optimiser} {recipe.learning_rate} {recipe.schedule}, "
+            f"batch {recipe.batch_size}, {attack}, clean weight {recipe.clean_weight}, {recipe.precision}"
+        )
+    return lines
+
+
+def check_classes(target: Target, logits_shape: tuple[int, ...], dataset: Dataset) -> None:
+    """Make sure that logits (B, classes) fit the data set.
+
+    Raises:
+        UserError: if they do not.
+    """
+    if len(logits_shape) != 2 or logits_shape[1] != len(dataset.classes):
+        raise UserError(
+            f"{target.name} returns outputs of shape {logits_shape}; {dataset.name} needs logits of shape (batch, {len(dataset.classes)})"
+        )

@@ -1,0 +1,39 @@
+"""The table of verdicts: claim, the paper's number, ours with its interval, the verdict, and its status under the strongest attack."""
+
+import json
+from collections.abc import Sequence
+
+from rich.table import Table
+from tabulate import tabulate
+
+from robench.claim import Settlement
+
+COLUMNS = ("claim", "data, scale", "paper", "ours", "verdict", "strongest attack", "status")
+
+
+def cells(settlement: Settlement) -> list[str]:
+    """Return one settlement's cells, in the order of `COLUMNS`."""
+    return [
+        settlement.claim.name, f"{settlement.dataset}, {settlement.scale}", settlement.claim.published, str(settlement.estimate),
+        settlement.verdict, str(settlement.strongest), settlement.status,
+    ]  # fmt: skip
+
+
+def as_table(settlements: Sequence[Settlement]) -> Table:
+    """Return the table for a terminal."""
+    table = Table(title="verdicts", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
+    for settlement in settlements:
+        table.add_row(*cells(settlement))
+    return table
+
+
+def as_markdown(settlements: Sequence[Settlement]) -> str:
+    """Return the table in GitHub's Markdown."""
+    return str(tabulate([cells(s) for s in settlements], headers=COLUMNS, tablefmt="github", disable_numparse=True))
+
+
+def as_json(settlements: Sequence[Settlement]) -> str:
+    """Return the settlements as JSON, numbers as fractions."""
+    return json.dumps([s.as_dict() for s in settlements], indent=1) + "\n"
