@@ -36,10 +36,10 @@ def from_robustbench(name: str, dataset: Dataset, threat: ThreatModel, cache: Pa
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         models, load_model = _import_robustbench()
-        available = {d.value: {t.value: list(of_norm) for t, of_norm in norms.items()} for d, norms in models.items()}
-        known = available.get(dataset.name, {}).get(threat.norm)
+        available = {(d.value, t.value): of_norm for d, norms in models.items() for t, of_norm in norms.items() if t.value.startswith("L")}
+        known = available.get((dataset.name, threat.norm))
         if known is None:
-            have = ", ".join(f"{d} {norm}" for d, norms in available.items() for norm in norms if norm.startswith("L"))
+            have = ", ".join(" ".join(key) for key in available)
             raise UserError(f"robustbench has no models for {dataset.name} and {threat.norm}; it has {have}")
         if name not in known:
             raise UserError(f"robustbench has no model {name!r} for {dataset.name} and {threat.norm}{nearest(name, known)}")
@@ -47,7 +47,8 @@ def from_robustbench(name: str, dataset: Dataset, threat: ThreatModel, cache: Pa
         try:
             model: nn.Module = load_model(name, model_dir=folder, dataset=dataset.name, threat_model=threat.norm)
         except Exception as error:  # downloading, unpickling and strangers' constructors fail in many ways
-            raise UserError(_checkpoint_problem(name, folder / dataset.name / threat.norm, error)) from error
+            paths = _checkpoints(name, known[name]["gdrive_id"], folder / dataset.name / threat.norm)
+            raise UserError(f"robustbench cannot load {name} ({_line(error)}); {_by_hand(paths)}") from error
     return model.eval()
 
 
@@ -81,20 +82,20 @@ def _autoattack_alias() -> Iterator[None]:
             del sys.modules[alias]
 
 
-def _checkpoint_problem(name: str, folder: Path, error: Exception) -> str:
-    """Return one line on why a model of robustbench was not loaded and where its checkpoint belongs."""
-    # An ensemble has one file for each member.
-    stored = [folder / f"{name}.pt", *sorted(folder.glob(f"{name}.pt_m*.pt"))]
-    present = [path for path in stored if path.is_file()]
-    for path in present:
-        with path.open("rb") as file:
-            start = file.read(64).lstrip()
-        if start.startswith(b"<"):
-            return f"{path} is a web page, not a checkpoint; replace it by hand with the checkpoint of robustbench's {name}"
-    if not present:
-        return f"robustbench cannot get {name} ({_line(error)}); its checkpoint can be placed by hand at {stored[0]}"
-    files = " or ".join(map(str, present))
-    return f"robustbench cannot load {name} from {files} ({_line(error)}); a checkpoint can be placed there by hand"
+def _checkpoints(name: str, drive: str | list[str] | None, folder: Path) -> list[Path]:
+    """Return where `load_model` looks for checkpoints: one file, one for each member of an ensemble, or torch's own folder."""
+    if drive is None:
+        return [Path(torch.hub.get_dir()) / "checkpoints"]
+    return [folder / f"{name}.pt"] if isinstance(drive, str) else [folder / f"{name}.pt_m{i}.pt" for i in range(len(drive))]
+
+
+def _by_hand(paths: list[Path]) -> str:
+    """Return what can be done by hand about a checkpoint that is missing or cannot be read."""
+    for path in paths:
+        # Google Drive answers with a page where it refuses a download.
+        if path.is_file() and path.read_bytes()[:64].lstrip().startswith(b"<"):
+            return f"{path} is a web page; replace it by hand with the checkpoint"
+    return f"its checkpoint can be placed by hand at {', '.join(map(str, paths))}"
 
 
 class _Preprocessed(nn.Module):

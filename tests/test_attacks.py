@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robench import attacks, losses
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
+from robench.attacks.apgd import checkpoints
 from robench.attacks.objective import mean_logits
 from robench.attacks.transfer import MeanSurrogate
 from robench.cost import counted
@@ -220,6 +221,13 @@ def test_apgd_attacks_every_example_of_a_random_defense_to_the_end(name: str) ->
     runs = 4 if name == "apgd-t" else 1
     assert cost.forwards == 3 * 2 * 3 * (1 + 12 * runs)
     assert cost.backwards == 3 * 2 * 3 * 10 * runs
+
+
+def test_apgd_checkpoints_are_the_papers() -> None:
+    assert checkpoints("Linf", 100) == {0: 0, 22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}
+    assert checkpoints("L2", 20) == {0: 0, 5: 5, 9: 4, 12: 3, 14: 2, 16: 2, 18: 2, 19: 1}
+    assert checkpoints("L1", 100) == dict.fromkeys(range(4, 100, 4), 4)
+    assert checkpoints("Linf", 1) == {0: 0}
 
 
 def test_targeted_apgd_needs_four_classes_and_dlr_three() -> None:

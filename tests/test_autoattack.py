@@ -155,7 +155,8 @@ def test_takes_channels_last_images_and_gives_the_same(trained: Defense) -> None
 
 
 def test_refuses_images_on_which_square_fails() -> None:
-    defense, x, zero, attack = as_defense(nn.Flatten()), torch.ones(1, 1, 4, 4), torch.tensor([0]), attacks.parse("pyautoattack")
+    attack, defense = attacks.parse("pyautoattack"), as_defense(nn.Flatten())
+    x, zero = torch.ones(1, 1, 4, 4), torch.tensor([0])
     for text in ("L2:1", "L1:1"):
         with pytest.raises(UserError, match="at least 5 pixels high"):
             attack(defense, x, zero, ThreatModel.parse(text), examples=zero, seed=0)

@@ -4,6 +4,7 @@ All take images (B, C, H, W) in [0, 1], normalise them inside, and return logits
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ def backbone(name: str, classes: int, *, channels: int = 3, widen: float = 1.0, 
         name: which network.
         classes: logits.
         channels: input channels.
-        widen: multiplies the width of a wide residual network.
+        widen: multiplies the width of a wide residual network and of resnet18.
         pretrained: ImageNet weights for resnet152 and timm networks; the first layer is drawn anew when channels is not 3.
 
     Raises:
@@ -147,8 +148,11 @@ def backbone(name: str, classes: int, *, channels: int = 3, widen: float = 1.0, 
             network.stem.stride = (2, 2)
         return network
     if name == "resnet18":
-        trunk = _timm("resnet18", channels, pretrained=False)
-        trunk.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+        half = round(32 * widen)
+        widths = tuple(2 * half * 2**stage for stage in range(4))
+        # Only timm's deep stem takes a width; it is replaced, but the first stage is built for what it gives.
+        trunk = _timm("resnet18", channels, pretrained=False, stem_type="deep", stem_width=half, channels=widths)
+        trunk.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         trunk.maxpool = nn.Identity()
         return Trunk(trunk, classes, channels)
     if name == "resnet152":
@@ -161,9 +165,9 @@ def backbone(name: str, classes: int, *, channels: int = 3, widen: float = 1.0, 
     raise UserError(f"unknown backbone {name!r}; write wrn-28-10, resnet8-32, resnet18, resnet152 or timm:NAME")
 
 
-def _timm(name: str, channels: int, pretrained: bool) -> nn.Module:
+def _timm(name: str, channels: int, pretrained: bool, **settings: Any) -> nn.Module:
     import timm  # heavy, and needed by few
 
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}")
-    return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels)  # type: ignore[no-any-return]
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels, **settings)  # type: ignore[no-any-return]
