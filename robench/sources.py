@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch.nn import functional
 from robench import zoo
 from robench.data import Dataset
 from robench.errors import UserError, nearest
-from robench.threat import ThreatModel
+from robench.threat import NORMS, ThreatModel
 
 
 def from_robustbench(name: str, dataset: Dataset, threat: ThreatModel, cache: Path) -> nn.Module:
@@ -36,7 +37,7 @@ def from_robustbench(name: str, dataset: Dataset, threat: ThreatModel, cache: Pa
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         models, load_model = _import_robustbench()
-        available = {(d.value, t.value): of_norm for d, norms in models.items() for t, of_norm in norms.items() if t.value.startswith("L")}
+        available = {(d.value, t.value): named for d, norms in models.items() for t, named in norms.items() if t.value in NORMS}
         known = available.get((dataset.name, threat.norm))
         if known is None:
             have = ", ".join(" ".join(key) for key in available)
@@ -48,7 +49,7 @@ def from_robustbench(name: str, dataset: Dataset, threat: ThreatModel, cache: Pa
             model: nn.Module = load_model(name, model_dir=folder, dataset=dataset.name, threat_model=threat.norm)
         except Exception as error:  # downloading, unpickling and strangers' constructors fail in many ways
             paths = _checkpoints(name, known[name]["gdrive_id"], folder / dataset.name / threat.norm)
-            raise UserError(f"robustbench cannot load {name} ({_line(error)}); {_by_hand(paths)}") from error
+            raise UserError(_checkpoint_problem(name, paths, error)) from error
     return model.eval()
 
 
@@ -89,13 +90,16 @@ def _checkpoints(name: str, drive: str | list[str] | None, folder: Path) -> list
     return [folder / f"{name}.pt"] if isinstance(drive, str) else [folder / f"{name}.pt_m{i}.pt" for i in range(len(drive))]
 
 
-def _by_hand(paths: list[Path]) -> str:
-    """Return what can be done by hand about a checkpoint that is missing or cannot be read."""
-    for path in paths:
-        # Google Drive answers with a page where it refuses a download.
-        if path.is_file() and path.read_bytes()[:64].lstrip().startswith(b"<"):
-            return f"{path} is a web page; replace it by hand with the checkpoint"
-    return f"its checkpoint can be placed by hand at {', '.join(map(str, paths))}"
+def _checkpoint_problem(name: str, paths: list[Path], error: Exception) -> str:
+    """Return one line on why a model was not loaded, and where its checkpoint belongs."""
+    for path in filter(Path.is_file, paths):
+        with path.open("rb") as file:
+            # Google Drive answers with a page where it refuses a download.
+            if file.read(64).lstrip().startswith(b"<"):
+                return f"{path} is a web page, not the checkpoint of robustbench's {name}; replace it by hand"
+    # torch's own words advise to load the file without its safeguard.
+    reason = "a checkpoint is damaged or holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _line(error)
+    return f"robustbench cannot load {name} ({reason}); its checkpoint can be placed by hand at {', '.join(map(str, paths))}"
 
 
 class _Preprocessed(nn.Module):
@@ -163,7 +167,7 @@ def from_file(text: str) -> nn.Module:
         raise UserError(f"{path} has no {name!r}; it has {', '.join(functions) or 'no functions'}{nearest(name, functions)}")
     factory = getattr(module, name)
     if not callable(factory) or isinstance(factory, nn.Module):
-        raise UserError(f"{text} is a {type(factory).__name__}; a target is a function without arguments that returns an nn.Module")
+        raise UserError(f"{text} is a {type(factory).__name__}, not a function that returns an nn.Module")
     try:
         made = factory()
     except (Exception, SystemExit) as error:

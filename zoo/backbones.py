@@ -4,6 +4,7 @@ All take images (B, C, H, W) in [0, 1], normalise them inside, and return logits
 """
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -137,14 +138,11 @@ def backbone(name: str, classes: int, *, channels: int = 3, widen: float = 1.0, 
     Raises:
         UserError: for an unknown name.
     """
-    family, _, rest = name.partition("-")
-    if family == "wrn" and rest.count("-") == 1:
-        depth, factor = (float(part) for part in rest.split("-"))
-        if depth >= 10 and depth % 6 == 4:
-            return WideResNet(int(depth - 4) // 6, round(16 * factor * widen), classes, channels)
-    if family == "resnet8" and rest.removesuffix("s2").isdigit():
-        network = WideResNet(1, round(int(rest.removesuffix("s2")) * widen), classes, channels)
-        if rest.endswith("s2"):
+    if (wide := re.fullmatch(r"wrn-([1-9]\d*)-([1-9]\d*)", name)) and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4:
+        return WideResNet((int(wide[1]) - 4) // 6, round(16 * int(wide[2]) * widen), classes, channels)
+    if small := re.fullmatch(r"resnet8-([1-9]\d*)(s2)?", name):
+        network = WideResNet(1, round(int(small[1]) * widen), classes, channels)
+        if small[2]:
             network.stem.stride = (2, 2)
         return network
     if name == "resnet18":
@@ -165,9 +163,10 @@ def backbone(name: str, classes: int, *, channels: int = 3, widen: float = 1.0, 
     raise UserError(f"unknown backbone {name!r}; write wrn-28-10, resnet8-32, resnet18, resnet152 or timm:NAME")
 
 
-def _timm(name: str, channels: int, pretrained: bool, **settings: Any) -> nn.Module:
+def _timm(name: str, image_channels: int, pretrained: bool, **settings: Any) -> nn.Module:
     import timm  # heavy, and needed by few
 
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}")
-    return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels, **settings)  # type: ignore[no-any-return]
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=image_channels, **settings)
+    return model
