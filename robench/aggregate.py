@@ -3,6 +3,7 @@
 Two classes of equal logits tie; the prediction is the lower class index (`torch.argmax` of the first maximum).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -32,18 +33,19 @@ def mean_of_probabilities(logits: Tensor) -> Tensor:
 
     The logarithm makes it a logit vector (its softmax is the mean probability), which attacks on logits expect.
     """
-    return _checked(logits).log_softmax(-1).logsumexp(1) - torch.tensor(float(logits.shape[1])).log().to(logits)
+    return _checked(logits).log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
 
 
 def weighted_mean_of_logits(logits: Tensor, weights: Sequence[float]) -> Tensor:
     """Return the weighted mean logit, the weights scaled to sum to one: (B, N, C) -> (B, C).
 
     Raises:
-        UserError: if there is not one weight for each predictor, one is negative, or all are zero.
+        UserError: if there is not one weight for each predictor, one is negative or not finite, or all are zero.
     """
-    if len(weights) != logits.shape[1] or min(weights) < 0 or sum(weights) == 0:
+    valid = all(math.isfinite(weight) and weight >= 0 for weight in weights)
+    if len(weights) != logits.shape[1] or not valid or sum(weights) == 0:
         raise UserError(f"weights {list(weights)} must be {logits.shape[1]} numbers, one per predictor, none negative, not all zero")
-    share = torch.tensor([w / sum(weights) for w in weights]).to(_checked(logits))
+    share = torch.tensor([w / sum(weights) for w in weights], dtype=torch.float64).to(_checked(logits))
     return (share[None, :, None] * logits).sum(1)
 
 

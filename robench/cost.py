@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from robench.defense import Defense
@@ -35,18 +36,13 @@ def counted(defense: Defense) -> Iterator[Cost]:
     def after_forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         images = len(inputs[0])
         cost.forwards += images
-        pending = True
 
         def on_backward(_gradient: Tensor) -> None:
-            # A member with several outputs (heads) is passed back through once.
-            nonlocal pending
-            if pending:
-                cost.backwards += images
-                pending = False
+            cost.backwards += images
 
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
-                tensor.register_hook(on_backward)
+        # One call for each backward pass that reaches the member, whichever of its outputs (heads) it comes through.
+        if tensors := [tensor for tensor in _tensors(output) if tensor.requires_grad]:
+            torch.autograd.graph.register_multi_grad_hook(tensors, on_backward, mode="any")
 
     handles = [member.register_forward_hook(after_forward) for member in defense.members()]
     try:

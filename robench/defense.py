@@ -1,5 +1,6 @@
 """The defense contract: what an attacker is told of a defense's structure."""
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 
@@ -97,7 +98,10 @@ def as_defense(module: nn.Module) -> Defense:
 
 def member_draw(draw: Draw | None, member: int) -> Draw | None:
     """Return the draw for one member, so that random members do not share their noise."""
-    return None if draw is None else Draw(draw.seed * 1009 + member + 1, draw.examples, draw.number)
+    if draw is None:
+        return None
+    digest = hashlib.sha256(f"{draw.seed}/member {member}".encode()).digest()
+    return Draw(int.from_bytes(digest[:8], "little"), draw.examples, draw.number)
 
 
 def _logits(network: nn.Module, x: Tensor, draw: Draw | None) -> Tensor:

@@ -53,8 +53,8 @@ def _words(draw: Draw, stream: str, count: int) -> Tensor:
     blocks = torch.arange(math.ceil(count / 4), device=examples.device)
     number = torch.full((1, 1), draw.number & _MASK, dtype=torch.int64, device=examples.device)
     counter = (blocks[None, :], number, examples[:, None] & _MASK, examples[:, None] >> 32 & _MASK)
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, key)), dim=-1)
-    return words.reshape(len(examples), -1)[:, :count]
+    words = torch.stack(philox(counter, key), dim=-1)
+    return words.reshape(len(examples), 4 * len(blocks))[:, :count]
 
 
 def uniform(draw: Draw, stream: str, shape: tuple[int, ...]) -> Tensor:
@@ -66,7 +66,7 @@ def uniform(draw: Draw, stream: str, shape: tuple[int, ...]) -> Tensor:
         shape: shape of one example's noise.
     """
     words = _words(draw, stream, math.prod(shape))
-    return ((words >> 8).to(torch.float32) * 2.0**-24).reshape(-1, *shape)
+    return ((words >> 8).to(torch.float32) * 2.0**-24).reshape(len(words), *shape)
 
 
 def normal(draw: Draw, stream: str, shape: tuple[int, ...]) -> Tensor:
@@ -74,13 +74,13 @@ def normal(draw: Draw, stream: str, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     words = _words(draw, stream, 2 * count).to(torch.float32)
     radius = (-2 * ((words[:, :count] + 0.5) * 2.0**-32).log()).sqrt()
-    return (radius * (2 * math.pi * 2.0**-32 * words[:, count:]).cos()).reshape(-1, *shape)
+    return (radius * (2 * math.pi * 2.0**-32 * words[:, count:]).cos()).reshape(len(words), *shape)
 
 
 def integers(draw: Draw, stream: str, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
     """Return int64 (B, *shape), uniform on {low, ..., high - 1}; the bias is below (high - low) / 2^32."""
     words = _words(draw, stream, math.prod(shape))
-    return (low + (words * (high - low) >> 32)).reshape(-1, *shape)
+    return (low + (words * (high - low) >> 32)).reshape(len(words), *shape)
 
 
 @contextlib.contextmanager

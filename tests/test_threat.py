@@ -281,7 +281,6 @@ def test_an_empty_batch_has_an_empty_projection(norm: str) -> None:
     assert threat.size(x).shape == (0,)
 
 
-@pytest.mark.xfail(reason="noise._words reshapes an empty batch to (0, -1)", raises=RuntimeError, strict=True)
 @every_norm
 def test_an_empty_batch_has_an_empty_random_start(norm: str) -> None:
     threat, x = ThreatModel.parse(f"{norm}:0.5"), torch.empty(0, 3, 4, 4)
