@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV = .uv/bin/uv
 BIN = .venv/bin
 
-.PHONY: setup demo test lint claims bench clean
+.PHONY: setup demo test lint claims bench readme clean
 
 setup: .venv/installed
 
@@ -34,6 +34,10 @@ claims: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# Rewrites the README's tables from the demo's and the leaderboard's records.
+readme: demo
+	$(BIN)/python leaderboard/render.py
 
 # Regenerates the lock file, with hashes and without addresses.
 requirements.lock: | $(UV)

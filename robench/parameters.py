@@ -50,7 +50,7 @@ def _converted(owner: str, key: str, text: str, annotation: Any) -> Value:
                 return float(Fraction(text))
             if kind in (int, str):
                 return int(text) if kind is int else text
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             continue
     raise UserError(f"{owner}: {key}={text!r} is not of type {' or '.join(kind.__name__ for kind in kinds)}")
 

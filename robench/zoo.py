@@ -19,6 +19,7 @@ from typing import Any, Literal
 from robench import parameters
 from robench.defense import Defense
 from robench.errors import UserError, nearest
+from robench.noise import isolated_generator
 from robench.parameters import Value
 from robench.training import Stage
 
@@ -107,8 +108,9 @@ class Named:
         return parameters.written(self.entry.alias_of or self.entry.name, self.values)
 
     def build(self, setting: Setting) -> Specimen:
-        """Return the untrained defense and its training stages."""
-        return self.entry.factory(setting, **self.values)
+        """Return the untrained defense and its training stages; what draws from torch's generators is seeded by the setting."""
+        with isolated_generator(setting.seed):
+            return self.entry.factory(setting, **self.values)
 
 
 @dataclass(frozen=True)

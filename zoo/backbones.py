@@ -5,6 +5,7 @@ All take images (B, C, H, W) in [0, 1], normalise them inside, and return logits
 
 import math
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -58,13 +59,15 @@ class WideResNet(nn.Module):
         width: channels of the first stage, doubled in each next one; WRN-d-w has 16 w.
         classes: logits.
         channels: input channels.
+        stem: channels of the first convolution; 16 in WRN-d-w, the first stage's by default.
     """
 
-    def __init__(self, blocks: int, width: int, classes: int, channels: int = 3) -> None:
+    def __init__(self, blocks: int, width: int, classes: int, channels: int = 3, stem: int | None = None) -> None:
         super().__init__()
         self.normalise = Normalise((0.5,) * channels, (0.25,) * channels)
-        self.stem = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
-        stages, channels_in = [], width
+        channels_in = stem or width
+        self.stem = nn.Conv2d(channels, channels_in, 3, 1, 1, bias=False)
+        stages = []
         for stage in range(3):
             out = width * 2**stage
             layers = [PreActivationBlock(channels_in if i == 0 else out, out, 2 if i == 0 and stage > 0 else 1) for i in range(blocks)]
@@ -139,7 +142,7 @@ def backbone(name: str, classes: int, *, channels: int = 3, widen: float = 1.0, 
         UserError: for an unknown name.
     """
     if (wide := re.fullmatch(r"wrn-([1-9]\d*)-([1-9]\d*)", name)) and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4:
-        return WideResNet((int(wide[1]) - 4) // 6, round(16 * int(wide[2]) * widen), classes, channels)
+        return WideResNet((int(wide[1]) - 4) // 6, round(16 * int(wide[2]) * widen), classes, channels, stem=16)
     if small := re.fullmatch(r"resnet8-([1-9]\d*)(s2)?", name):
         network = WideResNet(1, round(int(small[1]) * widen), classes, channels)
         if small[2]:
@@ -164,7 +167,10 @@ def backbone(name: str, classes: int, *, channels: int = 3, widen: float = 1.0, 
 
 
 def _timm(name: str, image_channels: int, pretrained: bool, **settings: Any) -> nn.Module:
-    import timm  # heavy, and needed by few
+    with warnings.catch_warnings():
+        # timm 1.0.9 uses what torch has since deprecated.
+        warnings.simplefilter("ignore")
+        import timm  # heavy, and needed by few
 
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}")

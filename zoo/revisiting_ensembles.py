@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from robench.aggregate import mean_of_logits, weighted
+from robench.aggregate import Aggregator, mean_of_logits, weighted
 from robench.defense import Defense, Ensemble
+from robench.errors import UserError
 from robench.noise import Draw
 from robench.training import Stage
 from robench.zoo import Setting, Specimen, register
@@ -34,8 +35,21 @@ def robust_average(
     """The average of k networks, each trained on its own in the L2 ball of radius eps (equation 2); weights as ``0.5/0.3/0.2``."""
     networks = [network(setting, backbone, paper="resnet18", member=i) for i in range(k)]
     stages = tuple(stage(l2_adversarial(setting, eps), setting, f"networks.{i}", member=i) for i in range(k))
-    aggregator = mean_of_logits if weights == "uniform" else weighted([float(w) for w in weights.split("/")])
-    return Specimen(Ensemble(networks, aggregator), stages)
+    return Specimen(Ensemble(networks, _average(k, weights)), stages)
+
+
+def _average(k: int, weights: str) -> Aggregator:
+    """Return the average of k networks' logits, having made sure that the weights fit before anything is trained."""
+    if k < 1:
+        raise UserError(f"an average needs k of at least 1, not {k}")
+    if weights == "uniform":
+        return mean_of_logits
+    try:
+        aggregator = weighted([float(w) for w in weights.split("/")])
+    except ValueError:
+        raise UserError(f"weights={weights!r} is neither uniform nor numbers as in 0.5/0.3/0.2") from None
+    aggregator(torch.zeros(1, k, 1))
+    return aggregator
 
 
 class Composite(Defense):
