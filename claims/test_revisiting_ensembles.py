@@ -16,7 +16,7 @@ The paper's ensembles have 8 members; 4 here, where Table 2 says most of the gai
 """
 
 from robench import zoo
-from robench.claim import Claim, Quantity, Trial, above, clean, near, robust
+from robench.claim import Claim, Quantity, Standing, Trial, above, clean, near, robust
 
 PAPER = zoo.entries()["robust"].paper
 
@@ -33,6 +33,12 @@ def area_under_curve(defense: str) -> Quantity:
     return first + second + third
 
 
+FOUR = Standing(
+    ("not reproduced", "underpowered"), ("broken", "open"),
+    "Four members at half the radius make up most of the gap to the network trained at the radius on digits, not all of it: "
+    "6 points are left, and 364 images leave 3 of them in doubt.",
+)  # fmt: skip
+
 CLAIMS = [
     Claim(
         name="average-matches-stronger",
@@ -43,7 +49,8 @@ CLAIMS = [
         expect=near(0.0, 0.03),
         tolerance=0.03,
         trials=(
-            Trial("digits", robust(DIGITS_AVERAGE, "L2:2", PGD) - robust(DIGITS_SINGLE, "L2:2", PGD), scales=("smoke",)),
+            Trial("digits", robust(DIGITS_AVERAGE, "L2:2", PGD) - robust(DIGITS_SINGLE, "L2:2", PGD), scales=("smoke",),
+                  standing={"smoke": FOUR}),
             Trial("cifar10", robust(AVERAGE, "L2:0.5", PGD) - robust(SINGLE, "L2:0.5", PGD)),
         ),
     ),

@@ -3,11 +3,10 @@
 Commands import what they need, so that ``robench --help`` does not wait for torch.
 """
 
-import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,7 @@ from robench.errors import UserError, nearest
 from robench.files import cache_folder, write_atomic
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from robench.claim import Claim, Settlement
-    from robench.record import Proportion, Record
-    from robench.zoo import Entry, Scale
+    from robench.zoo import Scale
 
 RECORDS = Path("leaderboard/records")
 SEED = click.IntRange(0, 2**31 - 1)
@@ -29,7 +24,7 @@ PATH = click.Path(path_type=Path)
 
 
 class _Main(click.Group):
-    """A group whose every bad usage or input is one line on stderr."""
+    """A group that reports bad usage and input in one line on stderr."""
 
     def main(self, *args: Any, **settings: Any) -> Any:
         try:
@@ -47,11 +42,13 @@ class _Main(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-_dataset = click.option("--dataset", default="digits", show_default=True, help="See `robench data list`.")
-_scale = click.option("--scale", type=click.Choice(["smoke", "cpu", "gpu", "paper"]), help="[default: smoke for digits, else cpu]")
-_device = click.option("--device", help="cpu, cuda or cuda:N. [default: cuda where there is one]")
-_cache_dir = click.option("--cache-dir", type=PATH, help="Trained weights and unfinished work. [default: $ROBENCH_CACHE]")
-_plugins = click.option("--plugin", "plugins", type=PATH, multiple=True, help="A Python file that registers defenses; repeatable.")
+_dataset = click.option("--dataset", default="digits", show_default=True, help="See: robench data list.")
+_scale = click.option(
+    "--scale", type=click.Choice(["smoke", "cpu", "gpu", "paper"]), help="Computation.  [default: smoke for digits, else cpu]"
+)
+_device = click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
+_cache_dir = click.option("--cache-dir", type=PATH, help="Trained weights and unfinished work.  [default: $ROBENCH_CACHE]")
+_plugins = click.option("--plugin", "plugins", type=PATH, multiple=True, help="A file that registers defenses; repeatable.")
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,14 +58,14 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--out", type=PATH, default=Path("robench-demo"), show_default=True, help="Folder for records, tables and figures.")
+@click.option("--out", type=PATH, default=Path("robench-demo"), show_default=True, help="Folder of the records and the figure.")
 @_cache_dir
 def demo(out: Path, cache_dir: Path | None) -> int:
-    """Settle the claims on the embedded digits, in about two minutes."""
-    from robench import demo
+    """Settle the claims on the embedded digits."""
+    from robench import console, demo
 
     cache = _writable(cache_folder(cache_dir))
-    with _progress() as progress:
+    with console.progress() as progress:
         return demo.run(out=_writable(out), cache=cache, echo=progress)
 
 
@@ -82,33 +79,15 @@ def zoo() -> None:
 @_plugins
 def zoo_list(as_json: bool, plugins: tuple[Path, ...]) -> None:
     """List the defenses, where each comes from, and what failed to load and why."""
-    from robench import zoo
+    from robench import console, zoo
 
     zoo.discover(plugins)
-    entries = list(zoo.entries().values())
-    aliases = {e.name: [a.name for a in entries if a.alias_of == e.name] for e in entries if e.alias_of is None}
-    listed = [_described(e, aliases[e.name]) for e in entries if e.alias_of is None]
     if as_json:
-        failures = [{"origin": failure.origin, "reason": failure.reason} for failure in zoo.failures()]
-        click.echo(json.dumps({"defenses": listed, "failures": failures}, indent=1))
+        click.echo(console.zoo_json(zoo.entries(), zoo.failures()))
         return
-    headers = ("defense", "version", "paper", "parameters", "summary", "origin")
-    texts = [
-        [", ".join([d["name"], *d["aliases"]]), str(d["version"]), f"{d['paper']['title']} {d['paper']['arxiv']}".strip(),
-         ", ".join(f"{key}={value}" for key, value in d["parameters"].items()), d["summary"], d["origin"].partition(" (")[0]]
-        for d in listed
-    ]  # fmt: skip
-    _print(_table(headers, texts))
+    console.show(console.zoo_table(zoo.entries()))
     for failure in zoo.failures():
         click.echo(f"failed to load: {failure.origin}: {failure.reason}")
-
-
-def _described(entry: "Entry", aliases: list[str]) -> dict[str, Any]:
-    paper = {"title": entry.paper.title, "arxiv": entry.paper.arxiv, "slug": entry.paper.slug}
-    return {
-        "name": entry.name, "aliases": aliases, "version": entry.version, "paper": paper, "parameters": entry.defaults(),
-        "summary": entry.summary, "origin": entry.origin,
-    }  # fmt: skip
 
 
 @main.command()
@@ -120,29 +99,34 @@ def _described(entry: "Entry", aliases: list[str]) -> dict[str, Any]:
 @_cache_dir
 @_plugins
 def train(
-    name: str, dataset: str, scale: "Scale | None", seed: int, device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...]
-) -> None:
-    """Train a defense of the zoo; its weights are kept in the cache."""
-    from robench import data, targets, training, workbench, zoo
+    name: str, dataset: str, scale: "Scale | None", seed: int, device: str | None, cache_dir: Path | None,
+    plugins: tuple[Path, ...],
+) -> None:  # fmt: skip
+    """Train the defense NAME of the zoo; its weights are kept in the cache."""
+    from robench import console, data, targets, training, workbench, zoo
 
-    cache, device, scale = _writable(cache_folder(cache_dir)), _available(device), scale or workbench.default_scale(dataset)
+    cache, device = _writable(cache_folder(cache_dir)), _available(device)
     _load_plugins(plugins)
     named, split = zoo.parse(name), data.load(dataset, "test")
-    with _progress() as progress:
+    scale = scale or workbench.default_scale(dataset)
+    with console.progress() as progress:
         target = targets.trained(named, split, scale=scale, seed=seed, device=device, cache=cache, progress=progress)
     stages = [(stage, str(line)) for stage, line in (target.training or {}).items()] or [("training", "none is needed")]
-    _print(_facts([
-        ("defense", f"{target.name} (version {target.version}, seed {seed})"), ("trained on", f"{dataset}, scale {scale}, {device}"),
-        *stages, ("weights", f"sha256 {training.state_hash(target.defense)}"), ("kept in", str(cache / "training")),
-    ]))  # fmt: skip
+    console.show_facts([
+        ("defense", f"{target.name} (version {target.version}, seed {seed})"),
+        ("trained on", f"{dataset}, scale {scale}, {device}"),
+        *stages,
+        ("weights", f"SHA-256 {training.state_hash(target.defense)}"),
+        ("kept in", str(cache / "training")),
+    ])
 
 
 @main.command()
 @click.argument("target")
 @_dataset
 @click.option("--threat", default="Linf:8/255", show_default=True, help="Norm (Linf, L2, L1) and budget.")
-@click.option("--attack", default="autoattack", show_default=True, help="Name and parameters: pgd-20,restarts=5.")
-@click.option("--n", type=int, help="The first N test examples. [default: the scale's number]")
+@click.option("--attack", default="autoattack", show_default=True, help="Name and parameters, as in pgd-20,restarts=5.")
+@click.option("--n", type=int, help="The first N test examples.  [default: the scale's number]")
 @_scale
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The attack's seed.")
 @click.option("--training-seed", type=SEED, default=0, show_default=True, help="Which trained copy of a defense of the zoo.")
@@ -150,64 +134,45 @@ def train(
 @_device
 @_cache_dir
 @_plugins
-@click.option("--json", "json_path", metavar="FILE", help="Write the record to FILE, or with - alone to stdout.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the record to FILE, or with - alone to stdout.")
 @click.option("--records", type=PATH, help="Save the record in this folder.")
 def evaluate(
     target: str, dataset: str, threat: str, attack: str, n: int | None, scale: "Scale | None", seed: int, training_seed: int,
-    batch_size: int, device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...], json_path: str | None, records: Path | None,
+    batch_size: int, device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...], json_file: str | None,
+    records: Path | None,
 ) -> None:  # fmt: skip
     """Attack TARGET: a zoo name with parameters, robustbench:NAME, timm:NAME, or path/to/file.py:factory."""
-    from robench import attacks, data, record, targets, threat as threats, workbench
+    from robench import attacks, console, data, record, targets, workbench
     from robench.evaluate import measure
+    from robench.threat import ThreatModel
 
     # Whatever is wrong should show before anything is trained.
-    threat_model, parsed_attack = threats.ThreatModel.parse(threat), attacks.parse(attack)
-    cache, device, scale = _writable(cache_folder(cache_dir)), _available(device), scale or workbench.default_scale(dataset)
-    folders = [records] if records else []
-    for folder in [*folders, *([Path(json_path).parent] if json_path and json_path != "-" else [])]:
+    within, parsed_attack = ThreatModel.parse(threat), attacks.parse(attack)
+    cache, device = _writable(cache_folder(cache_dir)), _available(device)
+    to_stdout = json_file == "-"
+    json_path = Path(json_file) if json_file and not to_stdout else None
+    for folder in filter(None, (records, json_path and json_path.parent)):
         _writable(folder)
     _load_plugins(plugins)
-    split = data.load(dataset, "test")
+    split, scale = data.load(dataset, "test"), scale or workbench.default_scale(dataset)
     examples = split.first(min(len(split), workbench.EXAMPLES[scale]) if n is None else n)
-    with _progress() as progress:
+    with console.progress() as progress:
         resolved = targets.resolve(
-            target, examples, threat_model, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress
+            target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress
         )
-        measured = measure(
-            resolved, examples, threat_model, parsed_attack, seed=seed, batch_size=batch_size, device=device, scale=scale, cache=cache,
-            progress=progress,
+        made = measure(
+            resolved, examples, within, parsed_attack, seed=seed, batch_size=batch_size, device=device, scale=scale,
+            cache=cache, progress=progress,
         )  # fmt: skip
-    saved = [("record", str(record.save(measured, folder))) for folder in folders]
-    if json_path and json_path != "-":
-        write_atomic(Path(json_path), record.to_json(measured))
-        saved.append(("json", json_path))
-    _print(_facts([*_outcome(measured), *saved]), err=json_path == "-")
-    if json_path == "-":
-        click.echo(record.to_json(measured), nl=False)
-
-
-def _outcome(r: "Record") -> list[tuple[str, str]]:
-    """Return the lines of a record that a reader wants first."""
-    from robench.record import clean_estimate, robust_estimate
-
-    lines = [
-        ("defense", f"{r.defense.name} (version {r.defense.version}, {r.defense.members} members, seed {r.defense.training_seed})"),
-        ("data", f"{r.dataset.name} {r.dataset.split}, first {r.dataset.n}, scale {r.scale}"),
-        ("attack", f"{r.attack.name} within {r.threat}, seed {r.seed}, {r.precision}"),
-        ("clean accuracy", str(clean_estimate(r))),
-        ("robust accuracy", f"≤ {robust_estimate(r)}"),
-    ]
-    if score := r.random_score:
-        lines += [(f"  {name} of {score.draws} draws", _share(share)) for name, share in
-                  (("mean", score.mean), ("majority vote", score.majority), ("worst", score.worst))]  # fmt: skip
-    lines += [(f"  control, {name}", f"{value:.1%}") for name, value in r.controls.items()]
-    lines.append(("cost per image", f"{r.cost.forwards:,.1f} forwards, {r.cost.backwards:,.1f} backwards at the members"))
-    lines.append(("time", f"{r.timing.seconds:,.1f} s on {r.provenance.device} ({r.provenance.processor})"))
-    return lines + ([("partial", r.partial)] if r.partial else [])
-
-
-def _share(p: "Proportion") -> str:
-    return f"{100 * p.value:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}] (n={p.n})"
+    facts = console.outcome(made)
+    if records:
+        facts.append(("record", str(record.save(made, records))))
+    if json_path:
+        write_atomic(json_path, record.to_json(made))
+        facts.append(("json", str(json_path)))
+    console.show_facts(facts, err=to_stdout)
+    if to_stdout:
+        click.echo(record.to_json(made), nl=False)
 
 
 @main.command()
@@ -217,9 +182,11 @@ def _share(p: "Proportion") -> str:
 @click.option("--threat", help="Only this threat model.")
 @click.option("--records", type=PATH, default=RECORDS, show_default=True, help="The folder of records.")
 @_plugins
-def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]) -> None:
-    """Rank what the records say of each defense."""
-    from robench import attacks, leaderboard, record, zoo
+def leaderboard(
+    style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]
+) -> None:
+    """Rank the defenses by what the records say."""
+    from robench import attacks, console, leaderboard, record, zoo
 
     zoo.discover(plugins)
     rows = leaderboard.rows(
@@ -228,12 +195,14 @@ def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str |
         defense_versions={name: entry.version for name, entry in zoo.entries().items()},
     )  # fmt: skip
     if style == "table" and out is None:
-        _print(leaderboard.as_table(rows))
+        console.show(leaderboard.as_table(rows))
         return
     renderings: dict[str, Callable[[], str]] = {
-        "table": lambda: _text(leaderboard.as_table(rows)), "md": lambda: leaderboard.as_markdown(rows) + "\n",
-        "json": lambda: leaderboard.as_json(rows) + "\n", "csv": lambda: leaderboard.as_csv(rows),
-    }  # fmt: skip
+        "table": lambda: console.as_text(leaderboard.as_table(rows)),
+        "md": lambda: leaderboard.as_markdown(rows) + "\n",
+        "json": lambda: leaderboard.as_json(rows) + "\n",
+        "csv": lambda: leaderboard.as_csv(rows),
+    }
     text = renderings[style]()
     if out is None:
         click.echo(text, nl=False)
@@ -243,32 +212,18 @@ def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str |
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--records", type=PATH, help=f"The folder of records that verdicts come from. [default: {RECORDS} if there]")
+@click.option("--records", type=PATH, help=f"The folder of records that give the verdicts.  [default: {RECORDS}, if there]")
 def claims(as_json: bool, records: Path | None) -> int:
     """List every claim: paper, number, protocol, last verdict."""
-    from robench import claim, record
+    from robench import claim, console, record
 
     known = record.load_folder(records or RECORDS) if records or RECORDS.is_dir() else []
     found, settled = claim.discover(), claim.settle_all(known)
     if as_json:
-        click.echo(json.dumps([_claim(c, [s for s in settled if s.claim.name == c.name]) for c in found], indent=1))
+        click.echo(console.claims_json(found, settled))
     else:
-        headers = ("claim", "paper", "statement", "paper's number", "data", "protocol", "last verdict")
-        _print(_table(headers, [
-            [c.name, f"{c.paper.arxiv or c.paper.title}, {c.source}", c.statement, c.published, t.dataset, c.protocol(t.dataset),
-             "; ".join(f"{s.scale}: {s.verdict}, {s.status}" for s in settled if (s.claim.name, s.dataset) == (c.name, t.dataset))
-             or "not measured"]
-            for c in found for t in c.trials
-        ]))  # fmt: skip
+        console.show(console.claims_table(found, settled))
     return 0 if all(settlement.as_stood_by for settlement in settled) else 1
-
-
-def _claim(c: "Claim", settled: Sequence["Settlement"]) -> dict[str, Any]:
-    return {
-        "name": c.name, "paper": {"title": c.paper.title, "arxiv": c.paper.arxiv, "slug": c.paper.slug}, "statement": c.statement,
-        "source": c.source, "published": c.published, "protocol": {t.dataset: c.protocol(t.dataset) for t in c.trials},
-        "verdicts": [s.as_dict() | {"as_stood_by": s.as_stood_by} for s in settled],
-    }  # fmt: skip
 
 
 @main.group()
@@ -277,19 +232,23 @@ def data() -> None:
 
 
 @data.command("list")
-def data_list() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def data_list(as_json: bool) -> None:
     """List the data sets and how to get those that are absent."""
-    from robench import data
+    from robench import console, data
 
-    for name, state in data.names():
-        click.echo(f"{name}: {state}")
+    names = data.names()
+    if as_json:
+        click.echo(json.dumps(dict(names), indent=1))
+    else:
+        console.show_facts(names)
 
 
 @data.command("add")
 @click.argument("name")
 @click.option("--from", "source", type=PATH, required=True, help="FOLDER/{train,test}/CLASS/IMAGE, or FOLDER/CLASS/IMAGE.")
 def data_add(name: str, source: Path) -> None:
-    """Add images of one's own as data set NAME."""
+    """Add a folder of images as the data set NAME."""
     from robench import data
 
     click.echo(f"{name} is in {data.add(name, source)}")
@@ -298,26 +257,26 @@ def data_add(name: str, source: Path) -> None:
 @data.command("fetch")
 @click.argument("name")
 def data_fetch(name: str) -> None:
-    """Download cifar10 or cifar100."""
-    from robench import data
+    """Download the data set NAME: cifar10 or cifar100."""
+    from robench import console, data
 
-    with _progress() as progress:
+    with console.progress() as progress:
         folder = data.fetch(name, progress=progress)
     click.echo(f"{name} is in {folder}")
 
 
 def _writable(folder: Path) -> Path:
-    """Return the folder, having made sure that it can be written, which otherwise shows only after hours."""
+    """Return the folder, having made sure that it can be written, which would otherwise show only after hours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise UserError(f"cannot use {folder} as a folder to write in: {error.strerror or error}") from error
+        raise UserError(f"cannot write in the folder {folder}: {error.strerror or error}") from error
 
 
 def _available(device: str | None) -> str:
-    """Return a device that this machine has."""
+    """Return a device that torch has here."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -325,7 +284,7 @@ def _available(device: str | None) -> str:
     if device is None:
         return "cuda" if count else "cpu"
     if device not in known:
-        raise UserError(f"this machine has no device {device!r} for torch; it has {', '.join(known)}{nearest(device, known)}")
+        raise UserError(f"torch has no device {device!r} here; it has {', '.join(known)}{nearest(device, known)}")
     return device
 
 
@@ -335,58 +294,3 @@ def _load_plugins(plugins: tuple[Path, ...]) -> None:
     zoo.discover(plugins)
     for failure in zoo.failures():
         click.echo(f"robench: warning: {failure.origin} failed to load: {failure.reason}", err=True)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Give a function that shows a line of progress: in place on a terminal, else as lines on stderr."""
-    if not sys.stderr.isatty():
-        yield lambda line: click.echo(line, err=True)
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    with Console(stderr=True).status(Text("starting")) as status:
-        yield lambda line: status.update(Text(line))
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> "RenderableType":
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*(Text(header) for header in headers))
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _facts(lines: Sequence[tuple[str, str]]) -> "RenderableType":
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 2))
-    for name, value in lines:
-        grid.add_row(Text(name), Text(value, overflow="fold"))
-    return grid
-
-
-def _text(what: "RenderableType") -> str:
-    import io
-
-    from rich.console import Console
-
-    stream = io.StringIO()
-    Console(file=stream, width=200).print(what)
-    return stream.getvalue()
-
-
-def _print(what: "RenderableType", err: bool = False) -> None:
-    """Print a table: as wide as the terminal, else wide enough to be read by line."""
-    from rich.console import Console
-
-    if (sys.stderr if err else sys.stdout).isatty():
-        Console(stderr=err).print(what)
-    else:
-        click.echo(_text(what), nl=False, err=err)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ CONTROL_EXAMPLES = 32
 
 Precision = Literal["float32", "bfloat16"]
 Progress = Callable[[str], None]
+T = TypeVar("T")
 
 
 def evaluate(
@@ -113,7 +114,7 @@ def measure(
     for start in range(0, len(dataset), size):
         stop = min(start + size, len(dataset))
         path = folder / f"{start:06d}-{stop:06d}.json" if folder else None
-        chunk = _load(path) if path else None
+        chunk = _load(path, _Chunk)
         if chunk is None:
             chunk = _attack_chunk(target, dataset, start, stop, threat, attack, seed, device, precision)
             if path:
@@ -136,11 +137,12 @@ def _key(
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _load(path: Path) -> _Chunk | None:
-    if not path.exists():
+def _load(path: Path | None, make: Callable[..., T]) -> T | None:
+    """Return what `make` makes of the file's contents, or None if there is no file."""
+    if path is None or not path.exists():
         return None
     try:
-        return _Chunk(**json.loads(path.read_text()))
+        return make(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is corrupt ({error}); delete it to measure again") from error
 
@@ -221,8 +223,8 @@ def _controls(
     standing, with any budget none.
     """
     path = folder / "controls.json" if folder else None
-    if path and path.exists():
-        return {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
+    if known := _load(path, dict[str, float]):
+        return known
     few = dataset.first(min(CONTROL_EXAMPLES, len(dataset)))
     values = few.images[0].numel()
     everything = {"Linf": 1, "L2": int(values**0.5) + 1, "L1": values}[threat.norm]

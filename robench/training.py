@@ -8,6 +8,7 @@ from its last epoch to the same weights.
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from robench.threat import ThreatModel
 
 VERSION = 1
 """Part of every stage's hash: raise it when training changes what it computes."""
+
+CHECKPOINT_SECONDS = 5.0
+"""An interrupted stage goes on from the last epoch that ended at least this long after the one kept before it."""
 
 Progress = Callable[[str], None]
 
@@ -190,14 +194,18 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
             for group in optimiser.param_groups:
                 group["lr"] = rate
             with noise.isolated_generator(stage.seed * 1_000_003 + epoch * steps + step, device):
-                losses.append(_step(module, optimiser, recipe, x, y, noise.Draw(stage.seed, indices, epoch), half, stage.trainable))
+                try:
+                    losses.append(_step(module, optimiser, recipe, x, y, noise.Draw(stage.seed, indices, epoch), half, stage.trainable))
+                except UserError as error:
+                    # Aggregators refuse logits that are not finite, before there is a loss.
+                    raise UserError(f"training failed in epoch {epoch + 1}: {error}; if it diverged, lower the learning rate") from error
         seconds = time.monotonic() - started
         loss = float(torch.stack(losses).mean())
-        if loss != loss:
-            raise UserError(f"training diverged in epoch {epoch + 1}: the loss is NaN; lower the recipe's learning rate")
+        if not math.isfinite(loss):
+            raise UserError(f"training diverged in epoch {epoch + 1}: the loss is {loss}; lower the recipe's learning rate")
         progress(f"epoch {epoch + 1}/{recipe.epochs}: loss {loss:.3f}, {len(dataset) / seconds:.0f} images/s")
         # Writing after every short epoch would cost more than it saves.
-        if epoch + 1 < recipe.epochs and time.monotonic() - saved_at > 5:
+        if epoch + 1 < recipe.epochs and time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
             _write(checkpoint, module.state_dict() | _optimiser_state(optimiser, trained) | {"epoch": torch.tensor(epoch + 1)})
             saved_at = time.monotonic()
     module.eval().requires_grad_(True)

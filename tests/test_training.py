@@ -1,0 +1,507 @@
+"""Training: the inner attack, what learns and what does not, stages that are shared, kept and resumed to the same weights."""
+
+import dataclasses
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robench import data, noise, training
+from robench.aggregate import mean_of_logits
+from robench.data import Dataset
+from robench.defense import Defense, Ensemble
+from robench.errors import UserError
+from robench.noise import Draw
+from robench.threat import ThreatModel
+from robench.training import InnerAttack, Recipe, Stage, attack_batch, state_hash, train
+
+PLAIN = Recipe(epochs=2, learning_rate=0.05, batch_size=32, augmentation="none")
+LINF = InnerAttack("Linf:48/255", steps=2, step_size=0.2, start="gaussian")
+ADVERSARIAL = dataclasses.replace(PLAIN, attack=LINF, clean_weight=1.0)
+
+
+class Small(nn.Module):
+    """A convolution with batch norm and a linear head, on 16 x 16 images."""
+
+    def __init__(self, seed: int, width: int = 4) -> None:
+        super().__init__()
+        with noise.isolated_generator(seed):
+            self.body = nn.Sequential(nn.Conv2d(3, width, 3, 4), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten())
+            self.head = nn.Linear(width * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(x))
+        return logits
+
+
+def ensemble(*seeds: int) -> Ensemble:
+    return Ensemble([Small(seed) for seed in seeds], mean_of_logits)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return data.load("digits", "train").first(128)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits are compared, so the sums must be taken in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def losses(lines: list[str]) -> list[float]:
+    return [float(line.partition("loss ")[2].partition(",")[0]) for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        dataclasses.replace(PLAIN, epochs=3),
+        dataclasses.replace(PLAIN, epochs=3, optimiser="adam", learning_rate=0.01, schedule="constant"),
+        dataclasses.replace(PLAIN, epochs=3, precision="bfloat16", augmentation="crop"),
+        dataclasses.replace(ADVERSARIAL, epochs=3, loss_on="predictors"),
+    ],
+    ids=["sgd", "adam", "bfloat16", "adversarial"],
+)
+def test_the_loss_falls(recipe: Recipe, digits: Dataset, tmp_path: Path) -> None:
+    defense, lines = ensemble(0), list[str]()
+    train(defense, (Stage(recipe, 0),), digits, folder=tmp_path, progress=lines.append)
+    assert len(losses(lines)) == 3
+    assert losses(lines)[-1] < losses(lines)[0] - 0.1
+    x, y = data.as_float(digits.images), digits.labels
+    assert not defense.training
+    assert functional.cross_entropy(defense(x), y) < functional.cross_entropy(ensemble(0).eval()(x), y)
+    assert all(parameter.requires_grad for parameter in defense.parameters())
+
+
+# The inner attack
+
+
+@pytest.mark.parametrize(
+    ("threat", "start"), [("Linf:16/255", "clean"), ("Linf:16/255", "uniform"), ("Linf:16/255", "gaussian"), ("L2:0.8", "clean"), ("L2:0.8", "uniform")]
+)
+def test_the_inner_attack_stays_in_the_budget_and_raises_the_loss(threat: str, start: Any, digits: Dataset) -> None:
+    defense = ensemble(0, 1).eval()
+    x, y = data.as_float(digits.images[:32]), digits.labels[:32]
+    attack = InnerAttack(threat, steps=3, step_size=ThreatModel.parse(threat).epsilon / 2, start=start)
+    x_adv = attack_batch(defense, x, y, attack, Draw(0, torch.arange(32)))
+    assert ThreatModel.parse(threat).violation(x_adv, x) is None
+    with torch.no_grad():
+        before, after = (functional.cross_entropy(defense(images), y, reduction="none") for images in (x, x_adv))
+    assert bool((after > before).all())
+    assert all(parameter.grad is None for parameter in defense.parameters())
+    assert not x_adv.requires_grad
+
+
+def test_the_inner_attack_starts_where_it_says(digits: Dataset) -> None:
+    x, y, draw = data.as_float(digits.images[:64]), digits.labels[:64], Draw(0, torch.arange(64))
+    inside = torch.full_like(x, 0.5)
+
+    def start(kind: Any, number: int = 0) -> Tensor:
+        attack = InnerAttack("Linf:0.1", steps=0, step_size=0.1, start=kind)
+        return attack_batch(ensemble(0), inside, y, attack, dataclasses.replace(draw, number=number)) - inside
+
+    assert not start("clean").any()
+    assert float(start("uniform").std()) == pytest.approx(0.1 / math.sqrt(3), rel=0.03)
+    # Normal of standard deviation 0.05, clipped at two of them: 0.05 times the root of 0.9205 (numerically integrated).
+    truth = torch.randn(10**6, generator=torch.Generator().manual_seed(0)).clamp(-2, 2).std() * 0.05
+    assert float(start("gaussian").std()) == pytest.approx(float(truth), rel=0.03)
+    for kind in ("uniform", "gaussian"):
+        assert torch.equal(start(kind), start(kind))
+        assert not torch.equal(start(kind), start(kind, number=1))
+
+
+def test_one_step_of_the_inner_attack_is_fgsm_on_a_linear_model() -> None:
+    with noise.isolated_generator(0):
+        linear = nn.Linear(12, 2)
+    x, y = torch.full((4, 3, 2, 2), 0.5), torch.tensor([0, 1, 0, 1])
+    defense = Ensemble([nn.Sequential(nn.Flatten(), linear)], mean_of_logits).eval()
+    x_adv = attack_batch(defense, x, y, InnerAttack("Linf:0.1", 1, 0.1, "clean"), Draw(0, torch.arange(4)))
+    direction = (linear.weight[1] - linear.weight[0]).sign().reshape(1, 3, 2, 2)
+    towards_other = torch.where(y == 0, 1.0, -1.0).reshape(-1, 1, 1, 1)
+    assert torch.allclose(x_adv, x + 0.1 * direction * towards_other)
+
+
+# What learns
+
+
+def test_only_the_named_parts_learn(digits: Dataset, tmp_path: Path) -> None:
+    defense = ensemble(0)
+    before = {name: tensor.clone() for name, tensor in defense.state_dict().items()}
+    train(defense, (Stage(ADVERSARIAL, 0, "networks.0", trainable=("head",)),), digits, folder=tmp_path)
+    changed = {name for name, tensor in defense.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"networks.0.head.weight", "networks.0.head.bias"}
+
+
+def test_a_whole_module_learns_with_its_statistics_and_nothing_else(digits: Dataset, tmp_path: Path) -> None:
+    defense = ensemble(0, 1)
+    before = {name: tensor.clone() for name, tensor in defense.state_dict().items()}
+    train(defense, (Stage(PLAIN, 0, "networks.1"),), digits, folder=tmp_path)
+    changed = {name for name, tensor in defense.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.startswith("networks.1.")}
+
+
+def test_the_clean_weight_is_that_of_the_clean_half(digits: Dataset) -> None:
+    """The step's loss is the mean of the adversarial and the clean loss at equal weight, in one forward of both halves."""
+    x, y, draw = data.as_float(digits.images[:32]), digits.labels[:32], Draw(0, torch.arange(32))
+    defense = ensemble(0)
+    x_adv = attack_batch(defense.eval(), x, y, LINF, draw)
+    logits = ensemble(0).train()(torch.cat([x_adv, x])).detach()
+    adversarial, clean = (functional.cross_entropy(part, y) for part in logits.split(32))
+    for weight in (0.5, 1.0):
+        module = ensemble(0)
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.0)
+        loss = training._step(module, optimiser, dataclasses.replace(ADVERSARIAL, clean_weight=weight), x, y, draw, False, ())
+        assert float(loss) == pytest.approx(float((adversarial + weight * clean) / (1 + weight)), rel=1e-5)
+
+
+def test_the_loss_on_predictors_is_each_ones_own(digits: Dataset) -> None:
+    x, y = data.as_float(digits.images[:16]), digits.labels[:16]
+    defense = ensemble(0, 1).eval()
+    predictors = defense.predictors(x)
+    own = training._losses(defense, predictors, y, dataclasses.replace(PLAIN, loss_on="predictors"))
+    parts = [functional.cross_entropy(predictors[:, i], y, reduction="none") for i in range(2)]
+    assert torch.allclose(own, (parts[0] + parts[1]) / 2)
+    joint = training._losses(defense, predictors, y, PLAIN)
+    assert torch.allclose(joint, functional.cross_entropy(predictors.mean(1), y, reduction="none"))
+
+
+def test_training_leaves_the_global_generator_alone(digits: Dataset, tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    train(ensemble(0), (Stage(ADVERSARIAL, 0),), digits, folder=tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_library_noise_inside_a_network_is_the_same_each_time(digits: Dataset, tmp_path: Path) -> None:
+    def trained(folder: str) -> str:
+        with noise.isolated_generator(0):
+            network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 10))
+        defense = Ensemble([network], mean_of_logits)
+        train(defense, (Stage(PLAIN, 0),), digits, folder=tmp_path / folder)
+        return state_hash(defense)
+
+    first = trained("a")
+    torch.rand(3)
+    assert trained("b") == first
+
+
+# Stages that are kept
+
+
+def test_a_stage_is_trained_once(digits: Dataset, tmp_path: Path) -> None:
+    first, second, lines = ensemble(0, 1), ensemble(0, 1), list[str]()
+    stages = (Stage(ADVERSARIAL, 0, "networks.0"), Stage(PLAIN, 1, "networks.1"))
+    train(first, stages, digits, folder=tmp_path)
+    train(second, stages, digits, folder=tmp_path, progress=lines.append)
+    assert lines == ["stage 1/2 already trained", "stage 2/2 already trained"]
+    assert state_hash(first) == state_hash(second)
+    assert not second.training
+    assert len(list(tmp_path.iterdir())) == 2, "no checkpoint or temporary file stays"
+
+
+def test_what_is_read_back_behaves_bit_for_bit_as_what_was_trained(digits: Dataset, tmp_path: Path) -> None:
+    """Otherwise a second evaluation, with the weights from the cache, would be another measurement."""
+    first, second = (Ensemble([Small(0, width=16)], mean_of_logits) for _ in range(2))
+    for defense in (first, second):
+        train(defense, (Stage(PLAIN, 0),), digits, folder=tmp_path)
+    x = data.as_float(digits.images)
+    with torch.no_grad():
+        assert torch.equal(first(x), second(x))
+
+
+def test_two_defenses_share_a_stage(digits: Dataset, tmp_path: Path) -> None:
+    alone, pair, lines = ensemble(0), ensemble(0, 1), list[str]()
+    train(alone, (Stage(PLAIN, 0, "networks.0"),), digits, folder=tmp_path)
+    train(pair, (Stage(PLAIN, 0, "networks.0"), Stage(PLAIN, 1, "networks.1")), digits, folder=tmp_path, progress=lines.append)
+    assert lines[0] == "stage 1/2 already trained"
+    assert lines[1].startswith("stage 2/2 epoch 1/2: loss ")
+    assert state_hash(pair.networks[0]) == state_hash(alone.networks[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1}, {"recipe": dataclasses.replace(PLAIN, learning_rate=0.06)}, {"trainable": ("networks.0.head",)},
+        {"recipe": ADVERSARIAL},
+    ],
+    ids=["seed", "rate", "trainable", "attack"],
+)  # fmt: skip
+def test_another_stage_is_trained_anew(change: dict[str, Any], digits: Dataset, tmp_path: Path) -> None:
+    stage = Stage(PLAIN, 0)
+    hashes = set()
+    for wanted, examples in ((stage, digits), (dataclasses.replace(stage, **change), digits), (stage, digits.first(100))):
+        defense = ensemble(0)
+        train(defense, (wanted,), examples, folder=tmp_path)
+        hashes.add(state_hash(defense))
+    assert len(hashes) == 3
+
+
+class Interrupted(Exception):
+    """The user's patience ends."""
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_interrupted_training_goes_on_to_the_same_weights(
+    optimiser: Any, after: int, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    recipe = dataclasses.replace(ADVERSARIAL, epochs=3, optimiser=optimiser, learning_rate=0.02, augmentation="crop")
+    stages = (Stage(recipe, 0),)
+    whole = ensemble(0)
+    train(whole, stages, digits, folder=tmp_path / "whole")
+    lines: list[str] = []
+
+    def impatient(line: str) -> None:
+        lines.append(line)
+        if len(lines) == after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(ensemble(0), stages, digits, folder=tmp_path / "parts", progress=impatient)
+    resumed, lines = ensemble(0), []
+    train(resumed, stages, digits, folder=tmp_path / "parts", progress=lines.append)
+    # The epoch whose line was being told is not yet kept.
+    assert [line.split(":")[0] for line in lines] == [f"stage 1/1 epoch {epoch}/3" for epoch in range(after, 4)]
+    assert state_hash(resumed) == state_hash(whole)
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == [path.name for path in (tmp_path / "whole").iterdir()]
+
+
+def test_checkpoints_are_not_written_after_every_short_epoch(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 1e9)
+    seen: list[bool] = []
+    recipe = dataclasses.replace(PLAIN, epochs=3)
+    train(ensemble(0), (Stage(recipe, 0),), digits, folder=tmp_path, progress=lambda _: seen.append(any(tmp_path.glob("*.checkpoint"))))
+    assert seen == [False] * 3
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from robench import data, training
+sys.path.insert(0, {tests!r})
+from test_training import ADVERSARIAL, Small
+from robench.defense import Ensemble
+from robench.aggregate import mean_of_logits
+import dataclasses
+training.CHECKPOINT_SECONDS = 0.0
+recipe = dataclasses.replace(ADVERSARIAL, epochs=40)
+defense = Ensemble([Small(0)], mean_of_logits)
+print("ready", flush=True)
+training.train(defense, (training.Stage(recipe, 0),), data.load("digits", "train").first(128), folder=Path(sys.argv[1]),
+               progress=lambda line: print(line, flush=True))
+print("finished", flush=True)
+"""
+
+
+def training_process(folder: Path) -> "subprocess.Popen[str]":
+    """Start the training above in a process of its own and return it when it has begun."""
+    source = KILLED.format(tests=str(Path(__file__).parent))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", source, str(folder)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.slow
+def test_training_that_is_killed_at_any_moment_goes_on_to_the_same_file(tmp_path: Path) -> None:
+    """SIGKILL a few times, wherever it strikes (a step, a checkpoint half written), until the training is through."""
+    started = time.monotonic()
+    whole = training_process(tmp_path / "whole")
+    output, _ = whole.communicate()
+    duration = time.monotonic() - started
+    assert output.endswith("finished\n")
+    moments = random.Random(0)  # noqa: S311
+    kills = 0
+    while True:
+        process = training_process(tmp_path / "parts")
+        try:
+            output, _ = process.communicate(timeout=None if kills == 4 else moments.uniform(0.05, 0.4) * duration)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            output, _ = process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0
+        break
+    assert kills
+    (expected,), (found,) = (list((tmp_path / name).glob("*.safetensors")) for name in ("whole", "parts"))
+    assert found.name == expected.name
+    assert found.read_bytes() == expected.read_bytes()
+    assert not list((tmp_path / "parts").glob("*.checkpoint"))
+
+
+# Bad files and bad recipes
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", None], ids=["empty", "text", "cut off"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".checkpoint"])
+def test_a_corrupt_file_is_an_error_of_one_line(
+    suffix: str, content: bytes | None, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+
+    def stop(line: str) -> None:
+        if suffix == ".checkpoint" and "epoch 2" in line:
+            raise Interrupted
+
+    stages = (Stage(PLAIN, 0),)
+    try:
+        train(ensemble(0), stages, digits, folder=tmp_path, progress=stop)
+    except Interrupted:
+        pass
+    (path,) = tmp_path.glob(f"*{suffix}")
+    path.write_bytes(path.read_bytes()[:-5] if content is None else content)
+    with pytest.raises(UserError, match=r"^weights file .* is corrupt or unreadable \(.*\); delete it to train again$"):
+        train(ensemble(0), stages, digits, folder=tmp_path)
+    path.unlink()
+    train(ensemble(0), stages, digits, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("", r"^training failed in epoch 1: .* logits that are not finite .*; if it diverged, lower the learning rate$"),
+        ("networks.0", r"^training diverged in epoch 1: the loss is (nan|inf); lower the recipe's learning rate$"),
+    ],
+)
+def test_a_diverging_training_is_an_error_of_one_line(module: str, message: str, digits: Dataset, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(PLAIN, learning_rate=1e30, schedule="constant")
+    with pytest.raises(UserError, match=message):
+        train(ensemble(0), (Stage(recipe, 0, module),), digits, folder=tmp_path)
+    assert not list(tmp_path.iterdir()), "what diverged is not kept"
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="^cannot write "):
+        train(ensemble(0), (Stage(PLAIN, 0),), digits, folder=tmp_path / "file" / "folder")
+
+
+# Schedules, augmentation, layout
+
+
+def test_the_learning_rate_follows_its_schedule() -> None:
+    def rates(schedule: Any, steps: int) -> list[float]:
+        recipe = dataclasses.replace(PLAIN, schedule=schedule, learning_rate=2.0)
+        return [training._rate(recipe, step, steps) for step in range(steps)]
+
+    assert rates("constant", 4) == [2.0] * 4
+    assert rates("step", 6) == pytest.approx([2.0, 2.0, 0.2, 0.2, 0.02, 0.02])
+    cycle = rates("one-cycle", 1000)
+    assert cycle[0] == pytest.approx(2 / 300)
+    assert cycle[149] == pytest.approx(1.0)
+    assert cycle[299] == pytest.approx(2.0)
+    assert cycle[649] == pytest.approx(1.0, abs=0.005)
+    assert 0 < cycle[-1] < 0.01
+    assert max(cycle) < 2.002
+    assert cycle[:300] == sorted(cycle[:300])
+    assert cycle[301:] == sorted(cycle[301:], reverse=True)
+
+
+def windows(image: Tensor, padding: int) -> list[Tensor]:
+    """Return every crop (C, H, W) of an image padded with zeros."""
+    _, height, width = image.shape
+    padded = functional.pad(image, (padding,) * 4)
+    return [padded[:, i : i + height, j : j + width] for i in range(2 * padding + 1) for j in range(2 * padding + 1)]
+
+
+@pytest.mark.parametrize("kind", ["crop", "crop-flip"])
+def test_augmentation_shifts_up_to_an_eighth_and_mirrors_half(kind: str) -> None:
+    count = 1500
+    image = torch.randint(1, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = training._augmented(image.expand(count, -1, -1, -1), kind, Draw(0, torch.arange(count), 4))
+    assert (made.shape, made.dtype) == ((count, 3, 16, 16), torch.uint8)
+    crops = windows(image, 2)
+    choices = torch.stack([*crops, *(crop.flip(2) for crop in crops)] if kind == "crop-flip" else crops)
+    found = (made[:, None] == choices[None]).flatten(2).all(2)
+    assert bool((found.sum(1) == 1).all()), "each is exactly one of the crops"
+    counts = found.sum(0)
+    expected = count / len(choices)
+    assert float(((counts - expected) ** 2 / expected).sum()) < 1.8 * len(choices), "each crop is as likely as any other"
+    if kind == "crop-flip":
+        assert abs(int(counts[25:].sum()) / count - 0.5) < 0.05
+
+
+def test_augmentation_depends_on_seed_example_and_epoch_alone() -> None:
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(64)
+
+    def augmented(chosen: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
+        return training._augmented(images[chosen], "crop-flip", Draw(seed, ids[chosen], epoch))
+
+    whole, some = augmented(ids), torch.tensor([40, 3, 17])
+    assert torch.equal(augmented(some), whole[some])
+    assert not torch.equal(augmented(ids, seed=1), whole)
+    assert not torch.equal(augmented(ids, epoch=1), whole)
+    assert torch.equal(training._augmented(images, "none", Draw(0, ids)), images)
+
+
+def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(digits: Dataset) -> None:
+    def order(seed: int, epoch: int) -> Tensor:
+        batches = list(training._batches(digits.images, digits.labels, PLAIN, seed, epoch, torch.channels_last))
+        for indices, x, y in batches:
+            assert torch.equal(x, data.as_float(digits.images[indices]))
+            assert torch.equal(y, digits.labels[indices])
+        return torch.cat([indices for indices, _, _ in batches])
+
+    assert torch.equal(order(0, 0).sort().values, torch.arange(128))
+    assert torch.equal(order(0, 0), order(0, 0))
+    assert not torch.equal(order(0, 0), order(0, 1))
+    assert not torch.equal(order(0, 0), order(1, 0))
+
+
+@pytest.mark.parametrize(("width", "layout"), [(15, torch.contiguous_format), (16, torch.channels_last)])
+def test_narrow_convolutions_are_trained_in_the_contiguous_layout(width: int, layout: torch.memory_format) -> None:
+    assert training._memory_format(Ensemble([Small(0, width)], mean_of_logits), "cpu") == layout
+    assert training._memory_format(Ensemble([Small(0, width)], mean_of_logits), "cuda") == torch.channels_last
+
+
+class Jitter(Defense):
+    """A linear network behind noise of its draw."""
+
+    random = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        with noise.isolated_generator(0):
+            self.network = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+        self.seen: list[Draw | None] = []
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        self.seen.append(draw)
+        logits: Tensor = self.network(x if draw is None else x + 0.1 * noise.normal(draw, "jitter", tuple(x.shape[1:])))
+        return logits[:, None]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    def members(self) -> list[nn.Module]:
+        return [self.network]
+
+
+def test_a_random_defense_trains_on_the_noise_of_example_and_epoch(digits: Dataset, tmp_path: Path) -> None:
+    first, second = Jitter(), Jitter()
+    for defense, folder in ((first, "a"), (second, "b")):
+        train(defense, (Stage(ADVERSARIAL, 7),), digits, folder=tmp_path / folder)
+    assert state_hash(first) == state_hash(second)
+    draws = [draw for draw in first.seen if draw is not None]
+    assert len(draws) == len(first.seen)
+    assert {(draw.seed, draw.number) for draw in draws} == {(7, 0), (7, 1)}
