@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from robench.defense import Defense, Ensemble
     from robench.errors import UserError
     from robench.estimate import Estimate
-    from robench.evaluate import evaluate
+    from robench.evaluation import evaluate
     from robench.noise import Draw
     from robench.record import Record
     from robench.threat import ThreatModel
@@ -22,7 +22,7 @@ __all__ = ["Defense", "Draw", "Ensemble", "Estimate", "Record", "ThreatModel", "
 
 _HOMES = {
     "Defense": "defense", "Draw": "noise", "Ensemble": "defense", "Estimate": "estimate", "Record": "record",
-    "ThreatModel": "threat", "UserError": "errors", "evaluate": "evaluate",
+    "ThreatModel": "threat", "UserError": "errors", "evaluate": "evaluation",
 }  # fmt: skip
 
 
@@ -30,6 +30,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'robench' has no attribute {name!r}")
     value = getattr(import_module(f"robench.{_HOMES[name]}"), name)
-    # Importing robench.evaluate binds the module to this very name; the function is what is meant.
+    # The next use finds the name itself.
     globals()[name] = value
     return value

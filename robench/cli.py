@@ -3,7 +3,6 @@
 Commands import what they need, so that ``robench --help`` does not wait for torch.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -143,7 +142,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Attack TARGET: a zoo name with parameters, robustbench:NAME, timm:NAME, or path/to/file.py:factory."""
     from robench import attacks, console, data, record, targets, workbench
-    from robench.evaluate import measure
+    from robench.evaluation import measure
     from robench.threat import ThreatModel
 
     # Whatever is wrong should show before anything is trained.
@@ -186,11 +185,12 @@ def leaderboard(
     style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]
 ) -> None:
     """Rank the defenses by what the records say."""
-    from robench import attacks, console, leaderboard, record, zoo
+    from robench import attacks, claim, console, leaderboard, record, zoo
 
     zoo.discover(plugins)
+    known = record.load_folder(records)
     rows = leaderboard.rows(
-        record.load_folder(records), dataset=dataset, threat=threat,
+        known, dataset=dataset, threat=threat, verdicts=claim.verdicts_by_defense(claim.settle_all(known)),
         attack_versions={name: attack.version for name, attack in attacks.registered().items()},
         defense_versions={name: entry.version for name, entry in zoo.entries().items()},
     )  # fmt: skip
@@ -232,16 +232,11 @@ def data() -> None:
 
 
 @data.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def data_list(as_json: bool) -> None:
+def data_list() -> None:
     """List the data sets and how to get those that are absent."""
     from robench import console, data
 
-    names = data.names()
-    if as_json:
-        click.echo(json.dumps(dict(names), indent=1))
-    else:
-        console.show_facts(names)
+    console.show_facts(data.names())
 
 
 @data.command("add")

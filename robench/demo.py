@@ -57,7 +57,7 @@ def draw_figure(bench: Workbench, path: Path) -> None:
     """Measure accuracy against epsilon for the cast and draw it."""
     curves = {}
     for name in CURVE:
-        records = [bench.measured(name, f"Linf:{level}/255", "pgd-10", n=200) for level in LEVELS]
+        records = [bench.measured(name, f"Linf:{level}/255", "pgd-10", n=100) for level in LEVELS]
         curves[name] = [(0.0, clean_estimate(records[0])), *((level, robust_estimate(r)) for level, r in zip(LEVELS, records, strict=True))]
-    title = "Digits, PGD of 10 steps, first 200 test images: an upper bound on robust accuracy"
+    title = "Digits, PGD of 10 steps, first 100 test images: an upper bound on robust accuracy"
     accuracy_curves(curves, path, title=title, budget="Linf budget (255ths of the pixel range)")

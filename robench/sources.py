@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import pickle
 import sys
 import warnings
@@ -16,6 +17,7 @@ from torch.nn import functional
 from robench import zoo
 from robench.data import Dataset
 from robench.errors import UserError, nearest
+from robench.noise import isolated_generator
 from robench.threat import NORMS, ThreatModel
 
 
@@ -34,8 +36,7 @@ def from_robustbench(name: str, dataset: Dataset, threat: ThreatModel, cache: Pa
         UserError: if robustbench is not installed, has no such model, or cannot get or read its checkpoint.
     """
     # robustbench and gdown print to stdout, which belongs to the results.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
+    with _quiet(), contextlib.redirect_stdout(sys.stderr):
         models, load_model = _import_robustbench()
         available = {(d.value, t.value): named for d, norms in models.items() for t, named in norms.items() if t.value in NORMS}
         known = available.get((dataset.name, threat.norm))
@@ -56,7 +57,7 @@ def from_robustbench(name: str, dataset: Dataset, threat: ThreatModel, cache: Pa
 def _import_robustbench() -> tuple[Any, Any]:
     """Return robustbench's models by data set and norm, and its `load_model`."""
     try:
-        with _autoattack_alias():
+        with _quiet(), _autoattack_alias():
             from robustbench.model_zoo import model_dicts
             from robustbench.utils import load_model
     except ImportError as error:
@@ -65,6 +66,14 @@ def _import_robustbench() -> tuple[Any, Any]:
         reason = f"robustbench cannot be imported ({_line(error)})"
         raise UserError(f"{reason}; install what it needs with: pip install robench[robustbench]") from error
     return model_dicts, load_model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence warnings: robustbench and the timm it needs warn of their own age when they are imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager
@@ -134,7 +143,9 @@ def from_timm(name: str, _dataset: Dataset, _threat: ThreatModel, _cache: Path) 
     Raises:
         UserError: if timm has no such model, or cannot get its weights.
     """
-    import timm
+    with _quiet():
+        import timm
+        from timm.data import resolve_model_data_config
 
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}{nearest(name, timm.list_models() + timm.list_models(pretrained=True))}")
@@ -142,11 +153,11 @@ def from_timm(name: str, _dataset: Dataset, _threat: ThreatModel, _cache: Path) 
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # every hub fails in its own way
         raise UserError(f"timm cannot load {name} ({_line(error)})") from error
-    return _Preprocessed(network, timm.data.resolve_model_data_config(network)).eval()
+    return _Preprocessed(network, resolve_model_data_config(network)).eval()
 
 
 def from_file(text: str) -> nn.Module:
-    """Return what a factory in a Python file makes.
+    """Return what a factory in a Python file makes; torch's generators are seeded for it, and restored after it.
 
     Args:
         text: ``path/to/file.py:factory``; the factory takes no arguments and returns an `nn.Module`.
@@ -163,17 +174,19 @@ def from_file(text: str) -> nn.Module:
     except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
         raise UserError(f"{path} cannot be imported ({_line(error)})") from error
     if not hasattr(module, name):
-        functions = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
         raise UserError(f"{path} has no {name!r}; it has {', '.join(functions) or 'no functions'}{nearest(name, functions)}")
     factory = getattr(module, name)
     if not callable(factory) or isinstance(factory, nn.Module):
-        raise UserError(f"{text} is a {type(factory).__name__}, not a function that returns an nn.Module")
+        raise UserError(f"{text} is of type {type(factory).__name__}, not a function that returns an nn.Module")
     try:
-        made = factory()
+        # Weights that the factory does not load are then the same in every run.
+        with isolated_generator(0):
+            made = factory()
     except (Exception, SystemExit) as error:
         raise UserError(f"{text} failed ({_line(error)})") from error
     if not isinstance(made, nn.Module):
-        raise UserError(f"{text} returned a {type(made).__name__}, not an nn.Module")
+        raise UserError(f"{text} returned an object of type {type(made).__name__}, not an nn.Module")
     return made
 
 

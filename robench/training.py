@@ -170,12 +170,13 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
         sort_keys=True,
     )
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
+    # Before the weights are read back too: the layout decides a logit's last bits.
+    layout = _memory_format(module, device)
+    module.to(device).to(memory_format=layout)
     if path.exists():
         _restore(module, _read(path))
         progress("already trained")
         return
-    layout = _memory_format(module, device)
-    module.to(device).to(memory_format=layout)
     trained = _freeze_but(module, stage.trainable)
     optimiser = _optimiser(recipe, trained)
     checkpoint, first = path.with_suffix(".checkpoint"), 0

@@ -1,4 +1,4 @@
-"""Every attack against linear models, where the worst perturbation of each norm inside the box is known in closed form."""
+"""Attacks where the worst perturbation is known: linear models, in each norm and the box, and a summit inside the ball."""
 
 import pytest
 import torch
@@ -137,3 +137,70 @@ def test_success_is_found_exactly_up_to_the_reachable_margin(name: str, text: st
         x_adv = attacks.parse(name)(defense, x, y, threat, examples=torch.arange(1), seed=0)
         fooled.append(bool(defense(x_adv).argmax(1) != y))
     assert fooled == [True, False]
+
+
+SUMMITS = pytest.mark.parametrize(("text", "reach"), [("Linf:0.2", 0.2), ("L2:1", 1 / SIZE**0.5)])
+
+
+class Hill(nn.Module):
+    """A margin that is highest, at -1, in one point near the image, so that no attack fools it."""
+
+    def __init__(self, x: Tensor, reach: float) -> None:
+        super().__init__()
+        self.summit = x + reach * (uniform(Draw(1, torch.arange(1)), "summit", SHAPE) - 0.5)
+        self.reach = reach
+
+    def forward(self, x: Tensor) -> Tensor:
+        margin = -(((x - self.summit) / self.reach) ** 2).flatten(1).mean(1) - 1
+        return torch.cat([torch.stack([-margin / 2, margin / 2], dim=1), torch.tensor([[-60.0, -70.0, -80.0]])], dim=1)
+
+
+def climb(name: str, text: str, reach: float) -> tuple[Hill, Tensor, Tensor]:
+    """Return a hill, the image (1, *SHAPE) and where the attack ends."""
+    x, zero = 0.3 + 0.4 * uniform(Draw(0, torch.arange(1)), "images", SHAPE), torch.tensor([0])
+    hill = Hill(x, reach)
+    defense = Ensemble([hill], mean_of_logits).eval()
+    return hill, x, attacks.parse(name)(defense, x, zero, ThreatModel.parse(text), examples=zero, seed=0)
+
+
+@SUMMITS
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t,targets=1"])
+def test_apgd_settles_on_a_summit_inside_the_ball(name: str, text: str, reach: float) -> None:
+    """Its first step is twice the budget: only halving at the checkpoints comes to rest."""
+    hill, x, x_adv = climb(name, text, reach)
+    assert float((x_adv - hill.summit).norm() / (x - hill.summit).norm()) < 0.03
+
+
+@SUMMITS
+@pytest.mark.parametrize("rho", [0.75, 0.35])
+def test_apgd_is_algorithm_1(text: str, reach: float, rho: float) -> None:
+    """The paper's algorithm written out for one image (arXiv 2003.01690, Algorithm 1) ends in the same point."""
+    hill, x, x_adv = climb(f"apgd-ce,rho={rho}", text, reach)
+    threat, checkpoints = ThreatModel.parse(text), [0, 22, 41, 57, 70, 80, 87, 93, 99]
+
+    def ascend(at: Tensor) -> tuple[float, Tensor]:
+        at = at.clone().requires_grad_()
+        loss = losses.cross_entropy(hill(at), torch.tensor([0]))
+        (gradient,) = torch.autograd.grad(loss.sum(), at)
+        return float(loss.detach()), gradient.sign() if threat.norm == "Linf" else gradient / gradient.norm()
+
+    eta = 2 * threat.epsilon
+    points = [threat.random_start(x, torch.tensor([0]), 0, "start/0/0")]
+    values = [ascend(points[0])[0]]
+    points.append(threat.project(points[0] + eta * ascend(points[0])[1], x))
+    best, highest, rises, halved, highest_before = points[0], values[0], 0, False, values[0]
+    for k in range(1, 101):
+        value = ascend(points[k])[0]
+        rises += value > values[k - 1]
+        values.append(value)
+        if value > highest:
+            best, highest = points[k], value
+        if k in checkpoints:
+            interval = k - checkpoints[checkpoints.index(k) - 1]
+            halved = rises < rho * interval or (not halved and highest == highest_before)
+            rises, highest_before = 0, highest
+            if halved:
+                eta, points[k], values[k] = eta / 2, best, highest
+        z = threat.project(points[k] + eta * ascend(points[k])[1], x)
+        points.append(threat.project(points[k] + 0.75 * (z - points[k]) + 0.25 * (points[k] - points[k - 1]), x))
+    torch.testing.assert_close(x_adv, best, rtol=0, atol=1e-5)

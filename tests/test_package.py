@@ -11,7 +11,7 @@ import robench
 def test_public_names_are_sorted_and_importable() -> None:
     assert robench.__all__ == sorted(robench.__all__)
     for name in robench.__all__:
-        assert getattr(robench, name).__name__ == name
+        assert getattr(robench, name).__name__ == name, name
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

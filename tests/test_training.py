@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robench import data, noise, training
+from robench import data, noise, training, zoo
 from robench.aggregate import mean_of_logits
 from robench.data import Dataset
 from robench.defense import Defense, Ensemble
@@ -215,9 +215,10 @@ def test_a_stage_is_trained_once(digits: Dataset, tmp_path: Path) -> None:
 
 def test_what_is_read_back_behaves_bit_for_bit_as_what_was_trained(digits: Dataset, tmp_path: Path) -> None:
     """Otherwise a second evaluation, with the weights from the cache, would be another measurement."""
-    first, second = (Ensemble([Small(0, width=16)], mean_of_logits) for _ in range(2))
+    setting = zoo.Setting("digits", 10, (3, 16, 16), "smoke", 0)
+    first, second = (zoo.parse("natural").build(setting).defense for _ in range(2))
     for defense in (first, second):
-        train(defense, (Stage(PLAIN, 0),), digits, folder=tmp_path)
+        train(defense, (Stage(dataclasses.replace(PLAIN, epochs=1), 0),), digits, folder=tmp_path)
     x = data.as_float(digits.images)
     with torch.no_grad():
         assert torch.equal(first(x), second(x))

@@ -1,0 +1,480 @@
+"""Evaluation on models whose robust accuracy is known, and the promises of a record: repeatable, resumable, checked."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robench import attacks, data, noise, record, targets
+from robench.aggregate import mean_of_logits
+from robench.attacks import Attack
+from robench.data import Dataset
+from robench.defense import Defense, Ensemble, Plain
+from robench.errors import UserError
+from robench.evaluation import SCORING_DRAWS, evaluate, measure, predictions
+from robench.noise import Draw
+from robench.record import Record
+from robench.threat import ThreatModel
+
+SHAPE = (3, 4, 4)
+SIZE = 48
+LINF = ThreatModel.parse("Linf:0.03")
+
+
+def linear(seed: int = 0, classes: int = 2) -> nn.Sequential:
+    """Return a linear classifier of images around 1/2, its logits of the order of the budget's effect."""
+    with noise.isolated_generator(seed):
+        layer = nn.Linear(SIZE, classes)
+    with torch.no_grad():
+        layer.bias -= layer.weight.sum(1) / 2
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+def examples(count: int = 50, classes: int = 2) -> Dataset:
+    """Return images in [0.3, 0.7], where the box is out of reach, and their labels by `linear`, a few of them wrong."""
+    images = 0.3 + 0.4 * torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        labels = linear(classes=classes)(images).argmax(1)
+    labels[::9] = (labels[::9] + 1) % classes
+    return data.from_tensors(images, labels, classes, "levels")
+
+
+def margins(dataset: Dataset, dual: float) -> tuple[Tensor, Tensor]:
+    """Return each example's margin under `linear`, float64 (B,), and the dual norm of its gradient."""
+    weight, bias = (p.detach().double() for p in linear()[1].parameters())  # type: ignore[union-attr]
+    difference, offset = weight[1] - weight[0], bias[1] - bias[0]
+    signed = dataset.images.double().flatten(1) @ difference + offset
+    return torch.where(dataset.labels == 1, signed, -signed), difference.norm(p=dual)
+
+
+@pytest.mark.parametrize(
+    ("threat", "attack", "dual"),
+    [
+        ("Linf:0.03", "fgsm", 1),
+        ("Linf:0.03", "pgd-20", 1),
+        ("Linf:0.06", "apgd-ce", 1),
+        ("L2:0.15", "fgsm", 2),
+    ],
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_robust_accuracy_of_a_linear_model_is_the_closed_form(threat: str, attack: str, dual: int, precision: Any) -> None:
+    """Robust exactly where the margin exceeds the budget times the dual norm of the weights' difference."""
+    model, dataset = ThreatModel.parse(threat), examples()
+    margin, norm = margins(dataset, dual)
+    left = margin - model.epsilon * norm
+    assert float(left.abs().min()) > 1e-5, "no example lies on the border"
+    made = measure(targets.of_module(linear()), dataset, model, attacks.parse(attack), precision=precision)
+    assert made.outcomes.robust == (left > 0).double().tolist()
+    assert made.outcomes.clean == (margin > 0).double().tolist()
+    assert made.robust_accuracy.value == float((left > 0).double().mean())
+    assert 0.1 < made.robust_accuracy.value < made.clean_accuracy.value < 0.95
+    assert made.precision == precision
+    assert made.threat == threat
+
+
+class Coarse(nn.Module):
+    """Logits of about 1000, whose difference only float32 resolves: in bfloat16 all are equal, and class 0 wins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = linear()
+        with torch.no_grad():
+            self.flat[1].bias += 1000  # type: ignore[operator, union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.flat(x)
+        return logits
+
+
+def test_what_fools_only_in_reduced_precision_does_not_count() -> None:
+    dataset = examples()
+    margin, norm = margins(dataset, 1)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert not Coarse()(dataset.images).argmax(1).any(), "bfloat16 cannot tell the classes apart"
+    made = measure(targets.of_module(Coarse()), dataset, LINF, attacks.parse("fgsm"), precision="bfloat16")
+    decided = (margin.abs() > 1e-3) & ((margin - LINF.epsilon * norm).abs() > 1e-3)
+    expected = (margin > LINF.epsilon * norm).double()
+    assert [r for r, d in zip(made.outcomes.robust, decided, strict=True) if d] == expected[decided].tolist()
+    assert int((expected[decided] == 1).sum()) > 5
+
+
+def ensemble() -> Ensemble:
+    return Ensemble([linear(seed) for seed in range(3)], mean_of_logits)
+
+
+def measured(defense: nn.Module, attack: str = "pgd-5", threat: ThreatModel = LINF, **settings: Any) -> Record:
+    return measure(targets.of_module(defense), settings.pop("dataset", examples()), threat, attacks.parse(attack), **settings)
+
+
+def test_a_measurement_repeats() -> None:
+    first, second = measured(ensemble(), seed=4), measured(ensemble(), seed=4)
+    assert record.identity(first) == record.identity(second)
+    assert first.seed == 4
+
+
+def test_the_measurement_leaves_the_global_generator_and_the_weights_alone() -> None:
+    defense, before = ensemble(), torch.random.get_rng_state()
+    weights = [p.clone() for p in defense.parameters()]
+    measured(defense)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(p, w) and p.grad is None for p, w in zip(defense.parameters(), weights, strict=True))
+    assert not any(m._forward_hooks for m in defense.modules())
+
+
+@pytest.mark.parametrize("attack", ["pgd-5", "apgd-ce,steps=5", "pgd-adam-5"])
+def test_the_batch_size_does_not_matter(attack: str) -> None:
+    results = [measured(ensemble(), attack, batch_size=size) for size in (7, 64)]
+    assert results[0].outcomes == results[1].outcomes
+    assert results[0].robust_accuracy == results[1].robust_accuracy
+
+
+def test_the_cost_is_counted_at_the_members() -> None:
+    """PGD of 5 steps from a random start: six points, five gradients, three members each."""
+    made = measured(ensemble(), batch_size=7)
+    assert (made.cost.forwards, made.cost.backwards) == (18.0, 15.0)
+    assert made.defense.members == 3
+
+
+def test_a_record_says_what_was_measured() -> None:
+    dataset = examples().first(20)
+    made = measure(targets.of_module(ensemble(), "mine"), dataset, LINF, attacks.parse("pgd-5,loss=margin"), scale="smoke")
+    assert (made.defense.name, made.defense.origin, made.defense.version) == ("mine", "module", 0)
+    assert made.defense.parameters == 3 * (2 * SIZE + 2)
+    assert (made.dataset.name, made.dataset.n, made.dataset.classes) == ("levels", 20, 2)
+    assert made.dataset.fingerprint == examples().fingerprint
+    assert made.attack.parameters["loss"] == "margin"
+    assert (made.attack.name, made.attack.parameters["steps"], made.scale, made.random_score) == ("pgd-5", 5, "smoke", None)
+    assert record.Record.model_validate_json(record.to_json(made)) == made
+
+
+# Resume
+
+
+class Counting(nn.Module):
+    """A linear model that counts the images it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = linear()
+        self.images = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        logits: Tensor = self.inner(x)
+        return logits
+
+
+def stop_after(chunks: int) -> Callable[[str], None]:
+    lines: list[str] = []
+
+    def progress(line: str) -> None:
+        lines.append(line)
+        if len(lines) == chunks:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
+    whole = Counting()
+    expected = measured(whole, batch_size=10, cache=tmp_path / "whole")
+    first, second, third = Counting(), Counting(), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        measured(first, batch_size=10, cache=tmp_path / "parts", progress=stop_after(3))
+    resumed = measured(second, batch_size=10, cache=tmp_path / "parts")
+    assert record.identity(resumed) == record.identity(expected)
+    # Each process looks at 16 images twice, to know the model; each of the five chunks costs the same.
+    chunk = (whole.images - 32) / 5
+    assert (first.images - 32, second.images - 32) == (3 * chunk, 2 * chunk)
+    again = measured(third, batch_size=10, cache=tmp_path / "parts")
+    assert record.identity(again) == record.identity(expected)
+    assert third.images == 32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"attack": "pgd-6"}, {"threat": ThreatModel.parse("Linf:0.02")}, {"seed": 1}, {"batch_size": 25}, {"dataset": examples(49)}],
+    ids=["attack", "threat", "seed", "batch size", "data"],
+)
+def test_unfinished_work_of_another_measurement_is_not_taken(change: dict[str, Any], tmp_path: Path) -> None:
+    measured(Counting(), cache=tmp_path)
+    model = Counting()
+    measured(model, cache=tmp_path, **change)
+    assert model.images > 32
+
+
+def test_unfinished_work_of_other_code_is_not_taken(tmp_path: Path) -> None:
+    """The same weights under the same name, and another forward."""
+
+    class Doubled(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    measured(Counting(), cache=tmp_path)
+    Doubled.__name__ = "Counting"
+    model = Doubled()
+    measured(model, cache=tmp_path)
+    assert model.images > 32
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"clean": []}'])
+@pytest.mark.parametrize("name", ["0*.json", "controls.json"])
+def test_a_corrupt_file_of_unfinished_work_is_an_error_of_one_line(name: str, content: str, tmp_path: Path) -> None:
+    measured(NoisyLinear(), cache=tmp_path, batch_size=50)
+    (path,) = tmp_path.glob(f"evaluations/*/{name}")
+    if name == "controls.json" and content.startswith('{"'):
+        content = '{"clean": '
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"is corrupt \(.*\); delete it to measure again$"):
+        measured(NoisyLinear(), cache=tmp_path, batch_size=50)
+
+
+# Random defenses
+
+
+class NoisyLinear(Defense):
+    """A linear model behind noise on the image, from the draw; it keeps the draws it was given."""
+
+    random = True
+
+    def __init__(self, level: float = 0.02) -> None:
+        super().__init__()
+        self.inner = linear()
+        self.level = level
+        self.draws: list[Draw | None] = []
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        self.draws.append(draw)
+        if draw is not None:
+            x = x + self.level * noise.normal(draw, "noise", tuple(x.shape[1:])).to(x)
+        logits: Tensor = self.inner(x)
+        return logits[:, None]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    def members(self) -> list[nn.Module]:
+        return [self.inner]
+
+
+def test_a_random_defense_is_scored_over_fresh_draws() -> None:
+    defense = NoisyLinear()
+    made = measured(defense, "pgd-5,draws=2", batch_size=50)
+    tenths = [outcome * 10 for outcome in (*made.outcomes.clean, *made.outcomes.robust)]
+    assert all(abs(value - round(value)) < 1e-9 for value in tenths)
+    assert any(0 < value < 10 for value in tenths)
+    assert all(draw is not None for draw in defense.draws)
+    scoring = {draw.seed for draw in defense.draws if draw is not None} - {0}
+    (seed,) = scoring
+    used = {draw.number for draw in defense.draws if draw is not None and draw.seed == seed}
+    assert used == set(range(SCORING_DRAWS))
+    attacked = {draw.number for draw in defense.draws if draw is not None and draw.seed == 0}
+    assert attacked == set(range(12)), "two draws at each of six points"
+
+
+def test_the_three_scores_of_a_random_defense() -> None:
+    made = measured(NoisyLinear(), batch_size=50)
+    score = made.random_score
+    assert score is not None
+    assert score.draws == SCORING_DRAWS
+    assert score.mean == made.robust_accuracy
+    assert score.mean.value == pytest.approx(sum(made.outcomes.robust) / 50)
+    assert score.worst.value == pytest.approx(sum(outcome == 1 for outcome in made.outcomes.robust) / 50)
+    # With two classes the majority is right where more than half of the draws are, and a tie goes to class 0.
+    ties = sum(abs(outcome - 0.5) < 1e-9 for outcome in made.outcomes.robust)
+    wins = sum(outcome > 0.5 + 1e-9 for outcome in made.outcomes.robust)
+    assert wins <= round(score.majority.value * 50) <= wins + ties
+    assert score.worst.value < score.mean.value
+
+
+def test_the_mean_over_draws_is_the_known_probability() -> None:
+    """Gaussian noise on a linear model moves the margin by a normal of known spread."""
+    dataset = examples(200)
+    margin, norm = margins(dataset, 2)
+    level = 0.05
+    spread = torch.distributions.Normal(0.0, float(level * norm))
+    made = measured(NoisyLinear(level), "fgsm", dataset=dataset, threat=ThreatModel("Linf", Fraction(0)), batch_size=200)
+    expected = float(spread.cdf(margin.float()).mean())
+    # 2000 independent draws: four standard errors are below 0.045.
+    assert made.clean_accuracy.value == pytest.approx(expected, abs=0.045)
+    assert made.outcomes.clean == made.outcomes.robust
+
+
+def test_a_random_defense_carries_its_controls() -> None:
+    made = measured(NoisyLinear(), dataset=examples(32), batch_size=32)
+    assert set(made.controls) == {
+        f"{budget}: {kind} accuracy" for budget in ("tiny budget", "unbounded") for kind in ("robust", "clean")
+    }  # fmt: skip
+    assert made.controls["tiny budget: robust accuracy"] == pytest.approx(made.controls["tiny budget: clean accuracy"], abs=0.01)
+    assert made.controls["tiny budget: clean accuracy"] == pytest.approx(made.clean_accuracy.value)
+    assert made.controls["unbounded: robust accuracy"] < 0.01
+    assert not measured(linear()).controls
+
+
+def test_the_batch_size_does_not_matter_to_a_random_defense() -> None:
+    results = [measured(NoisyLinear(), "pgd-5,draws=2", batch_size=size) for size in (7, 64)]
+    assert results[0].outcomes == results[1].outcomes
+    assert results[0].random_score == results[1].random_score
+    assert results[0].controls == results[1].controls
+
+
+def test_a_random_evaluation_resumes(tmp_path: Path) -> None:
+    expected = measured(NoisyLinear(), batch_size=10)
+    with pytest.raises(KeyboardInterrupt):
+        measured(NoisyLinear(), batch_size=10, cache=tmp_path, progress=stop_after(2))
+    for _ in range(2):
+        assert record.identity(measured(NoisyLinear(), batch_size=10, cache=tmp_path)) == record.identity(expected)
+
+
+def test_a_module_with_library_noise_is_measured_when_declared_random() -> None:
+    module = nn.Sequential(linear(), Sprinkled())
+    records = [measured(Plain(module, random=True), "fgsm") for _ in range(2)]
+    assert record.identity(records[0]) == record.identity(records[1])
+    assert records[0].random_score is not None
+
+
+# What does not fit
+
+
+class Sprinkled(nn.Module):
+    """Noise from torch's global generator, in evaluation too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+class Lost(nn.Module):
+    """Logits that are not numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full((len(x), 2), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Lost(), "Lost returns logits that are not finite"),
+        (linear(classes=3), r"Sequential returns outputs of shape \(\d+, 3\); levels needs logits of shape \(batch, 2\)"),
+        (nn.Flatten(0), r"Flatten returns outputs of shape \(768,\)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(7, 2)), r"Sequential fails on images of shape \(16, 3, 4, 4\) of levels: "),
+        (nn.Sequential(linear(), Sprinkled()), "gives different logits for the same images; declare it random"),
+    ],
+    ids=["NaN", "classes", "shape", "images", "silent randomness"],
+)
+def test_a_model_that_does_not_fit_is_an_error_of_one_line(module: nn.Module, message: str) -> None:
+    with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
+        measured(module)
+
+
+def bad_attack(function: Callable[..., Tensor]) -> Attack:
+    return Attack("bad", 1, {}, function)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda d, x, y, t, **_: x + 1.01 * t.epsilon, "lies 0.0303"),
+        (lambda d, x, y, t, **_: x - 2, "outside \\[0, 1\\]"),
+        (lambda d, x, y, t, **_: x * torch.nan, "not finite"),
+        (lambda d, x, y, t, **_: x[:, :, :2], "have shape"),
+    ],
+    ids=["budget", "box", "NaN", "shape"],
+)
+def test_an_attack_that_leaves_the_threat_model_is_an_error(function: Callable[..., Tensor], message: str) -> None:
+    with pytest.raises(UserError, match=f"^attack bad left the threat model Linf:0.03: .*{message}"):
+        measure(targets.of_module(linear()), examples(), LINF, bad_attack(function))
+
+
+def test_a_useless_attack_still_knows_that_the_clean_image_is_an_adversary() -> None:
+    """What is misclassified without any perturbation is not robust, wherever the attack ended."""
+    dataset = examples()
+    margin, _ = margins(dataset, 1)
+
+    def helpful(defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, **_: Any) -> Tensor:
+        point = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(defense(point), y, reduction="sum"), point)
+        return x - threat.epsilon * gradient.sign()
+
+    made = measure(targets.of_module(linear()), dataset, ThreatModel.parse("Linf:0.1"), bad_attack(helpful))
+    assert made.outcomes.robust == made.outcomes.clean == (margin > 0).double().tolist()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.full((2, *SHAPE), 1.5), torch.tensor([0, 1]), r"images span \[1.5, 1.5\], not \[0, 1\]"),
+        (torch.full((2, *SHAPE), -0.1), torch.tensor([0, 1]), r"images span \[-0.1, -0.1\], not \[0, 1\]"),
+        (torch.full((2, *SHAPE), torch.nan), torch.tensor([0, 1]), r"images span \[nan, nan\], not \[0, 1\]"),
+        (torch.zeros(2, *SHAPE), torch.tensor([0, 2]), "labels span 0 to 2, and there are 2 classes"),
+        (torch.zeros(2, *SHAPE), torch.tensor([0]), "are not"),
+    ],
+)
+def test_data_that_does_not_fit_is_an_error_of_one_line(images: Tensor, labels: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        data.from_tensors(images, labels, 2)
+
+
+# The public function
+
+
+def digit_model() -> nn.Module:
+    with noise.isolated_generator(0):
+        return nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+
+
+def test_evaluate_takes_names() -> None:
+    made = evaluate(digit_model(), dataset="digits", threat="Linf:8/255", attack="pgd-3", n=20, seed=2, name="mine")
+    assert (made.defense.name, made.dataset.name, made.dataset.split, made.dataset.n) == ("mine", "digits", "test", 20)
+    assert (made.threat, made.attack.name, made.seed, made.scale) == ("Linf:8/255", "pgd-3", 2, "cpu")
+    assert made.robust_accuracy.value <= made.clean_accuracy.value
+    same = evaluate(digit_model(), dataset=data.load("digits", "test").first(20), threat=ThreatModel.parse("Linf:8/255"),
+                    attack=attacks.parse("pgd-3"), seed=2, name="mine")  # fmt: skip
+    assert record.identity(made) == record.identity(same)
+
+
+def test_evaluate_takes_all_examples_by_default() -> None:
+    made = evaluate(linear(), dataset=examples(), threat="Linf:0.03", attack="fgsm")
+    assert made.dataset.n == 50
+    assert made.defense.name == "Sequential"
+
+
+def test_evaluate_attacks_a_model_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), linear())
+    assert model.training
+    made = evaluate(model, dataset=examples(), threat="Linf:0.03", attack="fgsm")
+    assert made.outcomes == measured(linear(), "fgsm").outcomes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 0}, "n = 0 is not between 1 and 50"),
+        ({"n": 51}, "n = 51 is not between 1 and 50"),
+        ({"threat": "Linf8"}, "threat model 'Linf8' is not NORM:BUDGET"),
+        ({"attack": "pgd"}, "attack 'pgd' should read 'pgd-N'"),
+        ({"dataset": "digit"}, "unknown data set 'digit'"),
+    ],
+)
+def test_evaluate_refuses_what_does_not_fit(settings: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"dataset": examples(), "threat": "Linf:0.03", "attack": "fgsm"} | settings
+    with pytest.raises(UserError, match=message):
+        evaluate(linear(), **given)
+
+
+def test_scoring_draws_are_none_that_the_attack_can_have_used() -> None:
+    x, ids = examples(4).images, torch.arange(4)
+    defense = NoisyLinear()
+    first, second = (predictions(defense, x, ids, seed=9) for _ in range(2))
+    assert first.shape == (SCORING_DRAWS, 4)
+    assert torch.equal(first, second)
+    seeds = {draw.seed for draw in defense.draws if draw is not None}
+    assert seeds == {int.from_bytes(hashlib.sha256(b"score/9").digest()[:6], "little")}
+    # Attacks count their draws, and members of an ensemble theirs, from the attack's seed upwards.
+    assert min(seeds) > 10**9
+    assert dataclasses.asdict(Draw(1, ids))["number"] == 0
