@@ -105,10 +105,12 @@ def main() -> None:
             ratio = statistics.median(r[name] / r["bare"] for r in rounds)
             cost = statistics.median(r[name] for r in rounds)
             rows.append([label, batch, name, f"{1000 * cost:.2f}", f"{ratio:.2f}"])
-    print(tabulate(rows, headers=["network", "batch", "attack", "ms per iteration", "ratio to bare"], tablefmt="github", disable_numparse=True))
+    headers = ["network", "batch", "attack", "ms per iteration", "ratio to bare"]
+    print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
     source = record.provenance("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
-    print(f"\nmedians of {ROUNDS} rounds, one thread, processor time; {source.processor}; {versions}; {platform.system()}; commit {source.commit}")
+    print(f"\nmedians of {ROUNDS} rounds, one thread, processor time; {source.processor}; {versions}; {platform.system()}")
+    print(f"commit {source.commit}")
 
 
 if __name__ == "__main__":

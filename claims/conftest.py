@@ -1,6 +1,6 @@
 """How claims run as tests: options, markers, one test for each claim and data set, and the table at the end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -67,7 +67,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def workbench(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Scale], Workbench]]:
+def workbench(request: pytest.FixtureRequest) -> Callable[[str, Scale], Workbench]:
     """Return a function that gives the workbench of a data set and scale, one for the whole run."""
     option = request.config.getoption
     known = [] if option("--fresh") or not option("--records").is_dir() else record.load_folder(option("--records"))
@@ -81,7 +81,7 @@ def workbench(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Scale],
             )
         return benches[dataset, scale]
 
-    yield give
+    return give
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def settle_case(request: pytest.FixtureRequest, workbench: Callable[[str, Scale]
         bench = workbench(dataset, scale)
         try:
             settlement = settle(case.claim, dataset, scale, _ready(bench), seeds=option("--seeds"))
-        except _Missing as missing:
+        except _MissingError as missing:
             pytest.skip(str(missing))
         request.config.stash[SETTLED].append(settlement)
         _compare(settlement)
@@ -105,7 +105,7 @@ def settle_case(request: pytest.FixtureRequest, workbench: Callable[[str, Scale]
     return run
 
 
-class _Missing(Exception):
+class _MissingError(Exception):
     """What a measurement needs and is not there."""
 
 
@@ -117,13 +117,13 @@ def _ready(bench: Workbench) -> Callable[..., Any]:
             if bench.settled_by_records(accuracy, seed):
                 return bench.find(accuracy, seed)
             if bench.device == "cuda" and not torch.cuda.is_available():
-                raise _Missing(
+                raise _MissingError(
                     f"no record of {accuracy.defense} on {bench.dataset_name} at scale {bench.scale}, and no CUDA device to measure it: "
                     "run on a machine with one, or put records into the folder of --records"
                 )
             _ = bench.dataset
         except UserError as error:
-            raise _Missing(str(error)) from error
+            raise _MissingError(str(error)) from error
         return bench.find(accuracy, seed)
 
     return find

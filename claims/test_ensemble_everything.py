@@ -38,7 +38,7 @@ CLAIMS = [
             Trial("digits", robust("multires_self_ensemble", DIGITS, RAND_SMOKE) - robust("natural", DIGITS, "pgd-adam-20"),
                   scales=("smoke",), standing={"smoke": Standing(("reproduced",), ("broken",), MASKED)}),
             Trial("cifar10", robust("multires_self_ensemble", CIFAR10, RAND) - robust("natural", CIFAR10, "pgd-adam-20")),
-        ),  # fmt: skip
+        ),
     ),
     Claim(
         name="rivals-adversarial-training",
@@ -52,7 +52,7 @@ CLAIMS = [
             Trial("digits", robust("multires_self_ensemble", DIGITS, RAND_SMOKE) - robust("single_adv", DIGITS, "pgd-adam-20"),
                   scales=("smoke",), standing={"smoke": Standing(("not reproduced",), ("broken",), SHORT + MASKED)}),
             Trial("cifar10", robust("multires_self_ensemble", CIFAR10, RAND) - robust("single_adv", CIFAR10, "pgd-adam-20")),
-        ),  # fmt: skip
+        ),
     ),
     Claim(
         name="ensemble3-value",

@@ -61,7 +61,8 @@ def evaluate(
     """
     split = data.load(dataset, "test") if isinstance(dataset, str) else dataset
     return measure(
-        targets.of_module(model, name), split if n is None else split.first(n), ThreatModel.parse(threat) if isinstance(threat, str) else threat,
+        targets.of_module(model, name), split if n is None else split.first(n),
+        ThreatModel.parse(threat) if isinstance(threat, str) else threat,
         attacks.parse(attack) if isinstance(attack, str) else attack, seed=seed, batch_size=batch_size, device=device, scale=scale,
     )  # fmt: skip
 

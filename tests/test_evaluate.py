@@ -1,6 +1,5 @@
 """Evaluation on models whose robust accuracy is known, and the promises of a record: repeatable, resumable, checked."""
 
-import dataclasses
 import hashlib
 from collections.abc import Callable
 from fractions import Fraction
@@ -58,7 +57,7 @@ def margins(dataset: Dataset, dual: float) -> tuple[Tensor, Tensor]:
     [
         ("Linf:0.03", "fgsm", 1),
         ("Linf:0.03", "pgd-20", 1),
-        ("Linf:0.06", "apgd-ce", 1),
+        ("Linf:0.02", "apgd-ce", 1),
         ("L2:0.15", "fgsm", 2),
     ],
 )
@@ -97,11 +96,12 @@ def test_what_fools_only_in_reduced_precision_does_not_count() -> None:
     margin, norm = margins(dataset, 1)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert not Coarse()(dataset.images).argmax(1).any(), "bfloat16 cannot tell the classes apart"
-    made = measure(targets.of_module(Coarse()), dataset, LINF, attacks.parse("fgsm"), precision="bfloat16")
-    decided = (margin.abs() > 1e-3) & ((margin - LINF.epsilon * norm).abs() > 1e-3)
+    # There every image of class 1 counts as fooled at the start, and the attack on it ends before it began.
+    made = measure(targets.of_module(Coarse()), dataset, LINF, attacks.parse("pgd-20"), precision="bfloat16")
+    decided = (dataset.labels == 1) & ((margin - LINF.epsilon * norm).abs() > 1e-3)
     expected = (margin > LINF.epsilon * norm).double()
     assert [r for r, d in zip(made.outcomes.robust, decided, strict=True) if d] == expected[decided].tolist()
-    assert int((expected[decided] == 1).sum()) > 5
+    assert 3 < int(expected[decided].sum()) < int(((margin > 0) & decided).sum()) - 3
 
 
 def ensemble() -> Ensemble:
@@ -477,4 +477,3 @@ def test_scoring_draws_are_none_that_the_attack_can_have_used() -> None:
     assert seeds == {int.from_bytes(hashlib.sha256(b"score/9").digest()[:6], "little")}
     # Attacks count their draws, and members of an ensemble theirs, from the attack's seed upwards.
     assert min(seeds) > 10**9
-    assert dataclasses.asdict(Draw(1, ids))["number"] == 0

@@ -20,7 +20,8 @@ STRENGTH_IN_NUMBERS = Paper(
     slug="strength_in_numbers",
     bibtex="""@article{grefenstette2018strength,
   title = {Strength in Numbers: Trading-off Robustness and Computation via Adversarially-Trained Ensembles},
-  author = {Grefenstette, Edward and Stanforth, Robert and O'Donoghue, Brendan and Uesato, Jonathan and Swirszcz, Grzegorz and Kohli, Pushmeet},
+  author = {Grefenstette, Edward and Stanforth, Robert and O'Donoghue, Brendan and Uesato, Jonathan and Swirszcz, Grzegorz and
+    Kohli, Pushmeet},
   journal = {arXiv preprint arXiv:1811.09300},
   year = {2018}
 }""",

@@ -31,7 +31,9 @@ def member_seed(setting: Setting, member: int) -> int:
     return setting.seed * 1000 + member
 
 
-def network(setting: Setting, name: str | None, *, paper: str, member: int = 0, channels: int | None = None, widen: float = 1.0) -> Backbone:
+def network(
+    setting: Setting, name: str | None, *, paper: str, member: int = 0, channels: int | None = None, widen: float = 1.0
+) -> Backbone:
     """Return one untrained network: `name` if given, else the scale's, which at `paper` is the paper's own."""
     chosen = name or SMALL.get(setting.scale, paper)
     with isolated_generator(member_seed(setting, member)):

@@ -13,7 +13,8 @@ from robench.noise import Draw
 from robench.zoo import Setting, Specimen, register
 
 from .papers import STRENGTH_IN_NUMBERS
-from .recipes import linf_adversarial, natural as natural_recipe, network, stage
+from .recipes import linf_adversarial, network, stage
+from .recipes import natural as natural_recipe
 
 WRN = "wrn-28-10"
 
