@@ -40,7 +40,7 @@ def narrow_resnet18() -> nn.Module:
     """Return a ResNet-18 of width 16 for 32 x 32 images, without classifier bias towards any class."""
     from timm.models.resnet import BasicBlock, ResNet
 
-    network = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=10, stem_width=16, channels=(16, 32, 64, 128))
+    network: nn.Module = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=10, stem_width=16, channels=(16, 32, 64, 128))
     network.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     network.maxpool = nn.Identity()
     return network
