@@ -153,8 +153,8 @@ def _predict_logits(target: Target, x: Tensor, examples: Tensor, seed: int, data
     with torch.no_grad():
         try:
             logits: Tensor = target.defense(x, Draw(seed, examples) if target.defense.random else None)
-        except RuntimeError as error:
-            line = str(error).splitlines()[0]
+        except Exception as error:  # a stranger's code may fail in any way
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"{target.name} fails on images of shape {tuple(x.shape)} of {dataset.name}: {line}") from error
     targets.check_classes(target, tuple(logits.shape), dataset)
     if not bool(torch.isfinite(logits).all()):

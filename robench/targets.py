@@ -71,6 +71,8 @@ def resolve(
         load = sources.from_robustbench if source == "robustbench" else sources.from_timm
         module = load(rest, dataset, threat, cache_folder(cache))
         return Target(as_defense(module).eval(), text, origin=source)
+    if text.endswith(".py"):
+        raise UserError(f"{text} names no factory; write {text}:FUNCTION, a function that returns the model")
     if ".py:" in text:
         return Target(as_defense(sources.from_file(text)).eval(), Path(text).name, origin="file")
     return trained(zoo.parse(text), dataset, scale=scale, seed=seed, device=device, cache=cache, progress=progress)

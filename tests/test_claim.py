@@ -1,5 +1,6 @@
 """Claims: the verdict on an estimate, the records that settle a claim, and claims that run as tests."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,12 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 
-from robench import attacks, claim, record, zoo
+from robench import attacks, claim, record, verdicts, zoo
 from robench.claim import (
-    SOUND, Accuracy, Claim, Expectation, Quantity, Settlement, Standing, Trial, above, below, clean, judge, matching, near, robust,
+    SOUND,
+    Accuracy,
+    Claim,
+    Expectation,
+    Quantity,
+    Settlement,
+    Standing,
+    Trial,
+    above,
+    below,
+    clean,
+    judge,
+    matching,
+    near,
+    robust,
     settle,
-)  # fmt: skip
+)
 from robench.errors import UserError
 from robench.estimate import Estimate
 from robench.record import Record
@@ -25,6 +41,7 @@ pytest_plugins = ["pytester"]
 
 Build = Callable[..., Record]
 PAPER = Paper("A title", "1811.09300", "@misc{a}", "a_slug")
+POSITIVE = above(0.0)
 DISCOVERED = claim.discover()
 
 
@@ -87,7 +104,7 @@ def test_expectations_and_quantities_read_as_text() -> None:
 # Settling
 
 
-def a_claim(quantity: Quantity, expect: Expectation = above(0.0), tolerance: float = 0.05, **trial: Any) -> Claim:
+def a_claim(quantity: Quantity, expect: Expectation = POSITIVE, tolerance: float = 0.05, **trial: Any) -> Claim:
     return Claim("a-claim", PAPER, "It holds.", "Table 1", "1 > 0", expect, tolerance, (Trial("digits", quantity, **trial),))
 
 
@@ -153,9 +170,7 @@ def test_an_ordering_is_settled_by_the_papers_attack_and_by_the_strongest(
 
 
 def test_few_examples_leave_a_claim_open(make_record: Build) -> None:
-    records = {
-        (name, 0): [make_record(outcomes, defense={"name": name})] for name, outcomes in (("a", [1, 1, 0, 1]), ("b", [1, 0, 1, 0]))
-    }
+    records = {(name, 0): [make_record(outcomes, defense={"name": name})] for name, outcomes in (("a", [1, 1, 0, 1]), ("b", [1, 0, 1, 0]))}
     settled = settle(a_claim(better()), "digits", "smoke", Shelf(records))
     assert (settled.verdict, settled.status) == ("underpowered", "open")
 
@@ -381,7 +396,7 @@ def test_a_name_taken_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 
 # Claims as tests
 
-CASES = '''
+CASES = """
 from robench import zoo
 from robench.claim import Claim, Standing, Trial, above, robust
 
@@ -406,7 +421,7 @@ CLAIMS = [
 
 def test_claim(case, settle_case):
     settle_case(case)
-'''
+"""
 
 
 @pytest.fixture
@@ -419,6 +434,8 @@ def run_claims(pytester: pytest.Pytester, zoo_record: Build, monkeypatch: pytest
         for attack in ("pgd-20", "apgd-ce"):
             version = zoo.entries()[name].version
             record.save(zoo_record(fractions(share), attack=attack, defense={"name": name, "version": version}), pytester.path / "records")
+    # rich imports parts of itself when it first prints, and pytester forgets what was imported during a run.
+    rich.print(verdicts.as_table([]), file=io.StringIO())
     monkeypatch.setenv("ROBENCH_DATA", str(pytester.path / "no-data"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
@@ -435,8 +452,10 @@ def test_each_outcome_is_what_pytest_says(run_claims: Callable[..., pytest.RunRe
     result.stdout.fnmatch_lines_random([
         "PASSED *sound-digits*",
         "XFAIL *refuted-digits* - not reproduced, broken: -40.0 points * refuted by somebody",
-        "FAILED *unexpected-digits* - *unexpected on digits came to not reproduced, broken*the project stands by reproduced, holds*",
-        "FAILED *mended-digits* - *mended on digits came to reproduced, holds*the project stands by not reproduced, broken*",
+        "unexpected on digits came to not reproduced, broken*the project stands by reproduced, holds*",
+        "mended on digits came to reproduced, holds*the project stands by not reproduced, broken*",
+        "FAILED *unexpected-digits*",
+        "FAILED *mended-digits*",
         "SKIPPED *cifar10 is not in *; get it with: robench data fetch cifar10*",
         "SKIPPED *elsewhere is not claimed on digits at scale smoke, but at paper*",
     ])  # fmt: skip
@@ -467,7 +486,9 @@ def test_gpu_scale_without_a_gpu_is_skipped_with_the_reason(run_claims: Callable
     result.stdout.fnmatch_lines(["SKIPPED *no record of single_adv on digits at scale gpu, and no CUDA device*"])
 
 
-def test_a_records_folder_that_is_corrupt_is_not_passed_over(run_claims: Callable[..., pytest.RunResult], pytester: pytest.Pytester) -> None:
+def test_a_records_folder_that_is_corrupt_is_not_passed_over(
+    run_claims: Callable[..., pytest.RunResult], pytester: pytest.Pytester
+) -> None:
     (pytester.path / "records" / "broken.json").write_text("{")
     result = run_claims("-k", "sound", "--scale", "smoke")
     result.assert_outcomes(errors=1, deselected=5)

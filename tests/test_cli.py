@@ -35,6 +35,14 @@ def seven_classes():
 
 def not_a_number():
     return build(scale=float("nan"))
+
+class Fails(nn.Module):
+    def forward(self, x):
+        raise KeyError("a key")
+
+class TwoOutputs(nn.Module):
+    def forward(self, x):
+        return x, x
 """
 
 PLUGIN = """
@@ -308,6 +316,8 @@ def test_an_interrupt_is_one_line(robench: Robench, monkeypatch: pytest.MonkeyPa
         (["evaluate", "models.py:build", "--n", "0"], "n = 0 is not between 1 and"),
         (["evaluate", "models.py:seven_classes"], "returns outputs of shape (16, 7)"),
         (["evaluate", "models.py:not_a_number"], "not finite"),
+        (["evaluate", "models.py:Fails"], "fails on images of shape (16, 3, 16, 16) of digits: KeyError: 'a key'"),
+        (["evaluate", "models.py:TwoOutputs"], "fails on images of shape (16, 3, 16, 16) of digits: TypeError"),
         (["evaluate", "missing.py:build"], "there is no file missing.py"),
         (["evaluate", "models.py:biuld"], "did you mean 'build'"),
         (["evaluate", "models.py:build", "--plugin", "missing.py"], "plugin file missing.py does not exist"),

@@ -1,5 +1,6 @@
 """Training: the inner attack, what learns and what does not, stages that are shared, kept and resumed to the same weights."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -92,7 +93,8 @@ def test_the_loss_falls(recipe: Recipe, digits: Dataset, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("threat", "start"), [("Linf:16/255", "clean"), ("Linf:16/255", "uniform"), ("Linf:16/255", "gaussian"), ("L2:0.8", "clean"), ("L2:0.8", "uniform")]
+    ("threat", "start"),
+    [("Linf:16/255", "clean"), ("Linf:16/255", "uniform"), ("Linf:16/255", "gaussian"), ("L2:0.8", "clean"), ("L2:0.8", "uniform")],
 )
 def test_the_inner_attack_stays_in_the_budget_and_raises_the_loss(threat: str, start: Any, digits: Dataset) -> None:
     defense = ensemble(0, 1).eval()
@@ -251,10 +253,6 @@ def test_another_stage_is_trained_anew(change: dict[str, Any], digits: Dataset, 
     assert len(hashes) == 3
 
 
-class Interrupted(Exception):
-    """The user's patience ends."""
-
-
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_interrupted_training_goes_on_to_the_same_weights(
@@ -270,9 +268,9 @@ def test_interrupted_training_goes_on_to_the_same_weights(
     def impatient(line: str) -> None:
         lines.append(line)
         if len(lines) == after:
-            raise Interrupted
+            raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         train(ensemble(0), stages, digits, folder=tmp_path / "parts", progress=impatient)
     resumed, lines = ensemble(0), []
     train(resumed, stages, digits, folder=tmp_path / "parts", progress=lines.append)
@@ -329,7 +327,7 @@ def test_training_that_is_killed_at_any_moment_goes_on_to_the_same_file(tmp_path
     output, _ = whole.communicate()
     duration = time.monotonic() - started
     assert output.endswith("finished\n")
-    moments = random.Random(0)  # noqa: S311
+    moments = random.Random(0)
     kills = 0
     while True:
         process = training_process(tmp_path / "parts")
@@ -361,13 +359,11 @@ def test_a_corrupt_file_is_an_error_of_one_line(
 
     def stop(line: str) -> None:
         if suffix == ".checkpoint" and "epoch 2" in line:
-            raise Interrupted
+            raise KeyboardInterrupt
 
     stages = (Stage(PLAIN, 0),)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         train(ensemble(0), stages, digits, folder=tmp_path, progress=stop)
-    except Interrupted:
-        pass
     (path,) = tmp_path.glob(f"*{suffix}")
     path.write_bytes(path.read_bytes()[:-5] if content is None else content)
     with pytest.raises(UserError, match=r"^weights file .* is corrupt or unreadable \(.*\); delete it to train again$"):
@@ -392,7 +388,7 @@ def test_a_diverging_training_is_an_error_of_one_line(module: str, message: str,
 
 def test_a_folder_that_cannot_be_written_is_an_error(digits: Dataset, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="^cannot write "):
+    with pytest.raises(UserError, match=r"^cannot write "):
         train(ensemble(0), (Stage(PLAIN, 0),), digits, folder=tmp_path / "file" / "folder")
 
 

@@ -27,7 +27,7 @@ REQUIRED = """
 natural baseline single_adv double_adv ensemble2 ensemble4 ensemble2_adv ensemble4_adv separate2_adv separate4_adv gated2_adv
 robust robust_average composite composite_pair
 multires multires_self_ensemble multires_ensemble3 multires_adv multires_self_ensemble_adv multires_ensemble3_adv
-""".split()
+"""
 SETTINGS: dict[str, tuple[str, tuple[int, int, int]]] = {"smoke": ("digits", (3, 16, 16)), "cpu": ("cifar10", (3, 32, 32))}
 BATCH = 3
 PAPER = Paper("A title", "0000.00000", "@misc{a}", "a_slug")
@@ -55,7 +55,7 @@ def parameters(specimen: Specimen) -> int:
 
 
 def test_every_defense_of_the_papers_is_registered() -> None:
-    assert set(REQUIRED) <= set(NAMES)
+    assert set(REQUIRED.split()) <= set(NAMES)
     assert not zoo.failures()
 
 
@@ -236,7 +236,7 @@ def test_an_unknown_backbone_is_an_error_of_one_line(name: str) -> None:
 
 @pytest.mark.slow
 def test_an_unknown_model_of_timm_is_an_error_of_one_line() -> None:
-    with pytest.raises(UserError, match="^timm has no model 'resnet1'$"):
+    with pytest.raises(UserError, match=r"^timm has no model 'resnet1'$"):
         network("timm:resnet1")
 
 
@@ -251,7 +251,9 @@ def test_parameters_are_read_by_their_types() -> None:
     assert zoo.parse("robust, eps = 1 ").values["eps"] == 1.0
 
 
-@pytest.mark.parametrize("text", [*NAMES, "robust,eps=1/3", "robust_average,eps=1e-3,k=2", "multires_self_ensemble,k=4,variant=as_described"])
+@pytest.mark.parametrize(
+    "text", [*NAMES, "robust,eps=1/3", "robust_average,eps=1e-3,k=2", "multires_self_ensemble,k=4,variant=as_described"]
+)
 def test_the_full_text_reads_back_as_the_same(text: str) -> None:
     named = zoo.parse(text)
     again = zoo.parse(named.text)
