@@ -17,7 +17,7 @@ PAPER = zoo.entries()["multires_self_ensemble"].paper
 CIFAR10, DIGITS = "Linf:8/255", "Linf:48/255"
 RAND = "pyautoattack-rand"
 # AutoAttack takes 40 passes a step on every example that stands, so digits are held against one of its two attacks.
-RAND_SMOKE = "apgd-ce,steps=20,draws=2"
+RAND_SMOKE = "apgd-ce,steps=15,draws=2"
 
 MASKED = (
     "Refuted by arXiv 2411.14834: CrossMax and the noise hide the gradient. The mean of the heads' logits shows it, and images made on "

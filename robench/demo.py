@@ -40,13 +40,13 @@ def run(*, out: Path, cache: Path | None = None, echo: Callable[[str], None]) ->
     ]  # fmt: skip
     if not settled:
         raise UserError("no claims are installed (entry point group robench.claims)")
-    figure = out / "accuracy_against_epsilon.png"
-    draw_figure(bench, figure)
     attack_versions = {name: attack.version for name, attack in registered().items()}
     rows = leaderboard.rows(
         bench.records, attack_versions=attack_versions, defense_versions={name: entry.version for name, entry in entries().items()}
     )
-    console = Console(width=170)
+    figure = out / "accuracy_against_epsilon.png"
+    draw_figure(bench, figure)
+    console = Console(width=200)
     console.print(leaderboard.as_table(rows))
     console.print(verdicts.as_table(settled))
     console.print(f"records: {out / 'records'}   figure: {figure}", soft_wrap=True)

@@ -23,7 +23,7 @@ def as_table(settlements: Sequence[Settlement]) -> Table:
     """Return the table for a terminal."""
     table = Table(title="verdicts", title_justify="left")
     for column in COLUMNS:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("verdict", "status"))
     for settlement in settlements:
         table.add_row(*cells(settlement))
     return table

@@ -14,11 +14,11 @@ from robench.targets import Target, trained
 from robench.threat import ThreatModel
 from robench.zoo import Scale
 
-EXAMPLES: dict[Scale, int] = {"smoke": 364, "cpu": 1000, "gpu": 10_000, "paper": 10_000}
+EXAMPLES: dict[Scale, int] = {"smoke": 300, "cpu": 1000, "gpu": 10_000, "paper": 10_000}
 """Test examples of each scale, or all where there are fewer."""
 
 STRONGEST: dict[Scale, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "smoke": (("apgd-t,steps=25,targets=3",), ("mean-transfer-20,draws=2",)),
+    "smoke": (("apgd-t,steps=20,targets=2",), ("mean-transfer-20,draws=2",)),
     "cpu": (("apgd-ce", "apgd-t,steps=50,targets=3"), ("mean-transfer-100,draws=8", "apgd-ce,draws=8")),
     "gpu": (("autoattack",), ("mean-transfer-200,draws=16", "apgd-ce,draws=16")),
     "paper": (("autoattack",), ("mean-transfer-500,draws=20", "apgd-ce,draws=20")),

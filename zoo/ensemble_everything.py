@@ -174,7 +174,7 @@ def _backbone_recipe(setting: Setting, light_adversarial: bool) -> Recipe:
 
 
 def _head_recipe(setting: Setting) -> Recipe:
-    rate, epochs = (3.3e-5, 1) if setting.scale == "paper" else (1e-3, 4 if setting.scale == "smoke" else 1)
+    rate, epochs = (3.3e-5, 1) if setting.scale == "paper" else (1e-3, 3 if setting.scale == "smoke" else 1)
     return replace(
         natural(setting), epochs=epochs, learning_rate=rate, schedule="constant", optimiser="adam", weight_decay=0.0,
         augmentation="none", batch_size=64, loss_on="predictors",

@@ -88,7 +88,7 @@ def _inner(threat: str, steps: int, start: str) -> InnerAttack:
 def _recipe(setting: Setting, attack: InnerAttack | None, clean_weight: float, madry: bool = False) -> Recipe:
     augmentation: Literal["crop", "crop-flip"] = "crop" if setting.dataset == "digits" else "crop-flip"
     if setting.scale == "smoke":
-        return Recipe(epochs=8, learning_rate=0.2, attack=attack, clean_weight=clean_weight, augmentation="none", batch_size=64)
+        return Recipe(epochs=6, learning_rate=0.2, attack=attack, clean_weight=clean_weight, augmentation="none", batch_size=64)
     if setting.scale == "paper":
         # arXiv 1811.09300: 500,000 iterations of 128 images; the Madry recipe: 150 epochs, the rate falling each 50.
         epochs = 150 if madry or attack is None else math.ceil(500_000 * 128 / 50_000)
