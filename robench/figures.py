@@ -25,7 +25,7 @@ def accuracy_curves(curves: Mapping[str, Sequence[tuple[float, Estimate]]], path
         title: of the figure.
         budget: the horizontal axis's label, with the budget's unit.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(curves.items()):
@@ -33,7 +33,8 @@ def accuracy_curves(curves: Mapping[str, Sequence[tuple[float, Estimate]]], path
         budgets = [b for b, _ in points]
         axes.plot(budgets, [100 * e.value for _, e in points], style, color=colour, marker="o", markersize=3, label=name)
         axes.fill_between(budgets, [100 * e.low for _, e in points], [100 * e.high for _, e in points], color=colour, alpha=0.12, lw=0)
-    axes.set(xlabel=budget, ylabel="accuracy under attack (%)", ylim=(0, 100), title=title)
+    axes.set(xlabel=budget, ylabel="accuracy under attack (%)", ylim=(0, 100))
+    axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
