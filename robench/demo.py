@@ -58,6 +58,7 @@ def draw_figure(bench: Workbench, path: Path) -> None:
     curves = {}
     for name, attack in [*((name, "pgd-10") for name in CURVE), (CURVE[-1], "mean-transfer-10,draws=2")]:
         records = [bench.measured(name, f"Linf:{level}/255", attack, n=100) for level in LEVELS]
-        curves[name if attack == "pgd-10" else f"{name},\nattacked through the mean of its heads"] = [(0.0, clean_estimate(records[0])), *((level, robust_estimate(r)) for level, r in zip(LEVELS, records, strict=True))]
+        points = [(0.0, clean_estimate(records[0])), *((level, robust_estimate(r)) for level, r in zip(LEVELS, records, strict=True))]
+        curves[name if attack == "pgd-10" else f"{name},\nattacked through the mean of its heads"] = points
     title = "Digits, first 100 test images, PGD of 10 steps unless said otherwise. Upper bounds on robust accuracy, 95 % bands."
     accuracy_curves(curves, path, title=title, budget="Linf budget (255ths of the pixel range)")

@@ -122,7 +122,8 @@ def measure(
                 write_atomic(path, json.dumps(chunk.__dict__))
         chunks.append(chunk)
         robust = np.concatenate([_correct(c.robust, dataset.labels, i * size).mean(0) for i, c in enumerate(chunks)])
-        progress(f"{target.name} under {attack.name} within {threat}: {stop}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}")
+        share = f"{stop}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}"
+        progress(f"{target.name} under {attack.name} within {threat}: {share}")
     controls = _controls(target, dataset, threat, attack, seed, device, folder) if defense.random else {}
     return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, controls)
 
