@@ -28,7 +28,7 @@ class Case:
     trial: Trial
 
     def __str__(self) -> str:
-        return f"{self.claim.name}-{self.trial.dataset}"
+        return f"{self.claim.name}-{self.trial.dataset}-{self.trial.scales[0]}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -158,16 +158,17 @@ class Claim:
     tolerance: float
     trials: tuple[Trial, ...]
 
-    def trial(self, dataset: str) -> Trial:
-        """Return the trial on a data set."""
+    def trial(self, dataset: str, scale: Scale | None = None) -> Trial:
+        """Return the trial on a data set: the one made at `scale` where there are several, else the first."""
         found = [trial for trial in self.trials if trial.dataset == dataset]
+        found.sort(key=lambda trial: scale not in (None, *trial.scales))
         if not found:
             raise UserError(f"claim {self.name} is not made on {dataset}; it is on {', '.join(t.dataset for t in self.trials)}")
         return found[0]
 
-    def protocol(self, dataset: str) -> str:
+    def protocol(self, dataset: str, scale: Scale | None = None) -> str:
         """Return what is measured on a data set and what is expected, in one line."""
-        trial = self.trial(dataset)
+        trial = self.trial(dataset, scale)
         return f"{trial.quantity} {trial.expect or self.expect} points, tolerance {100 * self.tolerance:g}"
 
 
@@ -193,7 +194,7 @@ class Settlement:
     @property
     def standing(self) -> Standing:
         """The outcome that the project stands by."""
-        return self.claim.trial(self.dataset).standing.get(self.scale, SOUND)
+        return self.claim.trial(self.dataset, self.scale).standing.get(self.scale, SOUND)
 
     def as_dict(self) -> dict[str, object]:
         """Return the settlement for JSON: shares and their intervals as fractions."""
@@ -203,7 +204,8 @@ class Settlement:
 
         return {
             "claim": self.claim.name, "paper": self.claim.paper.arxiv, "statement": self.claim.statement, "source": self.claim.source,
-            "published": self.claim.published, "dataset": self.dataset, "scale": self.scale, "protocol": self.claim.protocol(self.dataset),
+            "published": self.claim.published, "dataset": self.dataset, "scale": self.scale,
+            "protocol": self.claim.protocol(self.dataset, self.scale),
             "ours": numbers(self.estimate), "verdict": self.verdict, "under_strongest_attack": numbers(self.strongest),
             "status": self.status, "attacks": list(self.attacks), "because": self.standing.because,
         }  # fmt: skip
@@ -250,7 +252,7 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
     Raises:
         LookupError: if an accuracy has no record, naming it.
     """
-    trial = claim.trial(dataset)
+    trial = claim.trial(dataset, scale)
     own: list[tuple[float, Estimate]] = []
     worst: list[tuple[float, Estimate]] = []
     used: set[str] = set()
@@ -350,6 +352,6 @@ def verdicts_by_defense(settlements: Iterable[Settlement]) -> dict[str, list[str
     """Return, by a defense's full name, a line for each settled claim that is about it."""
     lines: dict[str, list[str]] = {}
     for s in settlements:
-        for name in {zoo.parse(accuracy.defense).text for _, accuracy in s.claim.trial(s.dataset).quantity.terms}:
+        for name in {zoo.parse(accuracy.defense).text for _, accuracy in s.claim.trial(s.dataset, s.scale).quantity.terms}:
             lines.setdefault(name, []).append(f"{s.claim.name} ({s.dataset}, {s.scale}): {s.verdict}, {s.status}")
     return lines

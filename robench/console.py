@@ -111,10 +111,10 @@ def claims_table(claims: Sequence[Claim], settled: Sequence[Settlement]) -> Tabl
     rows = []
     for claim in claims:
         for trial in claim.trials:
-            here = [s for s in settled if (s.claim.name, s.dataset) == (claim.name, trial.dataset)]
+            here = [s for s in settled if (s.claim.name, s.dataset) == (claim.name, trial.dataset) and s.scale in trial.scales]
             last = "; ".join(f"{s.scale}: {s.verdict}, {s.status}{'' if s.as_stood_by else ' (unexpected)'}" for s in here)
             source = f"{claim.paper.arxiv or claim.paper.title}, {claim.source}"
-            texts = [claim.name, source, claim.statement, claim.published, trial.dataset, claim.protocol(trial.dataset)]
+            texts = [claim.name, source, claim.statement, claim.published, trial.dataset, claim.protocol(trial.dataset, trial.scales[0])]
             rows.append([*texts, last or "not measured"])
     return table(("claim", "paper", "statement", "paper's number", "data", "protocol", "last verdict"), rows)
 
