@@ -38,6 +38,15 @@ EASY = Standing(
     ("not reproduced", "underpowered"), ("broken", "open"),
     "On digits one small network learns the task: a second one trained with it adds nothing that 300 images show.",
 )  # fmt: skip
+SHORT_OF_SINGLE = Standing(
+    ("not reproduced",), ("holds",),
+    "Our records: after 5 epochs with one attack step the gain is about 1 point under the paper's attack, and 1,000 images do not tell it "
+    "from none; under APGD it is above 0, and far below the 7 points of the paper.",
+)  # fmt: skip
+SHORT_OF_SEPARATE = Standing(
+    ("not reproduced",), ("broken",),
+    "Our records: after 5 epochs with one attack step, members trained on their own, which takes as long, are 1 to 2 points ahead.",
+)  # fmt: skip
 
 CLAIMS = [
     Claim(
@@ -76,7 +85,7 @@ CLAIMS = [
         tolerance=0.05,
         trials=(
             Trial("digits", on_digits("ensemble2_adv") - on_digits("single_adv"), scales=("smoke",), standing={"smoke": EASY}),
-            Trial("cifar10", on_cifar10("ensemble2_adv") - on_cifar10("single_adv")),
+            Trial("cifar10", on_cifar10("ensemble2_adv") - on_cifar10("single_adv"), standing={"cpu": SHORT_OF_SINGLE}),
         ),
     ),
     Claim(
@@ -99,7 +108,7 @@ CLAIMS = [
         tolerance=0.05,
         trials=(
             Trial("digits", on_digits("ensemble2_adv") - on_digits("separate2_adv"), scales=("smoke",), standing={"smoke": EASY}),
-            Trial("cifar10", on_cifar10("ensemble2_adv") - on_cifar10("separate2_adv")),
+            Trial("cifar10", on_cifar10("ensemble2_adv") - on_cifar10("separate2_adv"), standing={"cpu": SHORT_OF_SEPARATE}),
         ),
     ),
     Claim(

@@ -178,7 +178,8 @@ class Settlement:
 
     Attributes:
         estimate: the quantity under the paper's attack, with `verdict`.
-        strongest: the quantity with every robust accuracy under the worst case of all attacks recorded, with `status`.
+        strongest: the quantity with every robust accuracy under the worst case of the attacks recorded, with `status`; where
+            several defenses are compared, of the attacks that all of a kind were put to.
         attacks: the attacks in that worst case.
     """
 
@@ -256,24 +257,45 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
     own: list[tuple[float, Estimate]] = []
     worst: list[tuple[float, Estimate]] = []
     used: set[str] = set()
-    for coefficient, accuracy in trial.quantity.terms:
-        per_seed = [find(accuracy, seed) for seed in range(seeds)]
+    untried = bool(any(a.threat for _, a in trial.quantity.terms))
+    found = [[find(accuracy, seed) for seed in range(seeds)] for _, accuracy in trial.quantity.terms]
+    for (_, accuracy), per_seed in zip(trial.quantity.terms, found, strict=True):
         if not all(per_seed):
             raise LookupError(f"no record of {Quantity(((1.0, accuracy),))} at scale {scale}")
+    robust_terms = [per_seed for (_, a), per_seed in zip(trial.quantity.terms, found, strict=True) if a.threat is not None]
+    for (coefficient, accuracy), every_attack in zip(trial.quantity.terms, found, strict=True):
+        per_seed = every_attack if accuracy.threat is None else _equally_attacked(every_attack, robust_terms)
         if accuracy.threat is None:
             estimates = strongest = [record.clean_estimate(records[0]) for records in per_seed]
         else:
             estimates = [record.robust_estimate(records[0]) for records in per_seed]
             strongest = [record.worst_case(records)[0] for records in per_seed]
             used |= {r.attack.name for records in per_seed for r in records}
+            untried = untried and all(len(records) == 1 for records in per_seed)
         own.append((coefficient, over_seeds(estimates) if seeds > 1 else estimates[0]))
         worst.append((coefficient, over_seeds(strongest) if seeds > 1 else strongest[0]))
     estimate, strongest_estimate = _combined(own), _combined(worst)
     expect = trial.expect or claim.expect
     verdict, under_strongest = (judge(e, expect, claim.tolerance) for e in (estimate, strongest_estimate))
-    return Settlement(
-        claim, dataset, scale, estimate, verdict, strongest_estimate, STATUS_OF[under_strongest], tuple(sorted(used))
-    )
+    # What was put to no other attack has not survived one.
+    status = "open" if untried else STATUS_OF[under_strongest]
+    return Settlement(claim, dataset, scale, estimate, verdict, strongest_estimate, status, tuple(sorted(used)))
+
+
+def _equally_attacked(term: list[Sequence[Record]], terms: list[list[Sequence[Record]]]) -> list[Sequence[Record]]:
+    """Return a term's records under its own attack and under those that every term of its kind was put to.
+
+    Of two defenses the one that fewer attacks were run on would look the stronger. Random and deterministic defenses are attacked
+    in different ways, so each kind is compared within itself.
+    """
+
+    def attack(r: Record) -> tuple[object, ...]:
+        return (r.attack.name, *sorted((key, str(value)) for key, value in r.attack.parameters.items()))
+
+    kind = term[0][0].defense.random
+    alike = [records for other in terms for records in other if records[0].defense.random == kind]
+    common = set.intersection(*({attack(r) for r in records} for records in alike))
+    return [[records[0], *(r for r in records[1:] if attack(r) in common)] for records in term]
 
 
 def _combined(terms: list[tuple[float, Estimate]]) -> Estimate:

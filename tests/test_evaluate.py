@@ -92,14 +92,14 @@ class Coarse(nn.Module):
 
 
 def test_what_fools_only_in_reduced_precision_does_not_count() -> None:
-    dataset = examples(200)
+    dataset, threat = examples(200), ThreatModel.parse("Linf:0.015")
     margin, norm = margins(dataset, 1)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert not Coarse()(dataset.images).argmax(1).any(), "bfloat16 cannot tell the classes apart"
     # There every image of class 1 counts as fooled at the start, and the attack on it ends before it began.
-    made = measure(targets.of_module(Coarse()), dataset, LINF, attacks.parse("pgd-20"), precision="bfloat16")
-    decided = (dataset.labels == 1) & ((margin - LINF.epsilon * norm).abs() > 1e-3)
-    expected = (margin > LINF.epsilon * norm).double()
+    made = measure(targets.of_module(Coarse()), dataset, threat, attacks.parse("pgd-20"), precision="bfloat16")
+    decided = (dataset.labels == 1) & ((margin - threat.epsilon * norm).abs() > 1e-3)
+    expected = (margin > threat.epsilon * norm).double()
     assert [r for r, d in zip(made.outcomes.robust, decided, strict=True) if d] == expected[decided].tolist()
     assert 3 < int(expected[decided].sum()) < int(((margin > 0) & decided).sum()) - 3
 

@@ -165,7 +165,7 @@ def test_members_start_apart() -> None:
     assert start(built("natural"), 0)[1:] != start(built("single_adv"), 0)[1:]
 
 
-@pytest.mark.parametrize("scale", ["smoke", "cpu", pytest.param("gpu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "gpu"])
 def test_double_adv_has_twice_the_parameters(scale: Scale) -> None:
     ratio = parameters(built("double_adv", scale)) / parameters(built("single_adv", scale))
     assert 1.8 < ratio < 2.2
