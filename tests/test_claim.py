@@ -126,7 +126,7 @@ class Shelf:
         return self.records.get((accuracy.defense, seed), [])
 
 
-def shelf(make_record: Build, **shares: float | Sequence[float]) -> Shelf:
+def shelf(make_record: Build, **shares: float | list[float]) -> Shelf:
     """Return a shelf with a record for each share: the paper's attack first, then stronger ones."""
     return Shelf({
         (name, 0): [
@@ -147,26 +147,55 @@ def better(one: str = "a", other: str = "b") -> Quantity:
 @pytest.mark.parametrize(
     ("first", "second", "verdict", "status"),
     [
-        (0.6, 0.4, "reproduced", "holds"),
-        (0.4, 0.6, "not reproduced", "broken"),
-        (0.5, 0.5, "not reproduced", "broken"),
-        ([0.6, 0.2], 0.4, "reproduced", "broken"),
+        ([0.6, 0.5], [0.4, 0.35], "reproduced", "holds"),
+        ([0.4, 0.3], [0.6, 0.5], "not reproduced", "broken"),
+        ([0.5, 0.4], [0.5, 0.4], "not reproduced", "broken"),
+        ([0.6, 0.2], [0.4, 0.35], "reproduced", "broken"),
         ([0.4, 0.4], [0.6, 0.1], "not reproduced", "holds"),
-        ([0.6, 0.5], [0.4, 0.3], "reproduced", "holds"),
     ],
 )
 def test_an_ordering_is_settled_by_the_papers_attack_and_by_the_strongest(
-    first: Any, second: Any, verdict: str, status: str, make_record: Build
+    first: list[float], second: list[float], verdict: str, status: str, make_record: Build
 ) -> None:
     settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=first, b=second))
     assert (settled.verdict, settled.status) == (verdict, status)
-    own = [share if isinstance(share, float) else share[0] for share in (first, second)]
-    worst = [share if isinstance(share, float) else min(share) for share in (first, second)]
-    assert settled.estimate.value == pytest.approx(own[0] - own[1])
-    assert settled.strongest.value == pytest.approx(worst[0] - worst[1])
+    assert settled.estimate.value == pytest.approx(first[0] - second[0])
+    assert settled.strongest.value == pytest.approx(min(first) - min(second))
     assert settled.estimate.kind == "paired difference"
-    counts = max(1 if isinstance(share, float) else len(share) for share in (first, second))
-    assert settled.attacks == tuple(f"attack-{i}" for i in range(counts))
+    assert settled.attacks == ("attack-0", "attack-1")
+
+
+@pytest.mark.parametrize(("first", "verdict"), [(0.6, "reproduced"), (0.4, "not reproduced")])
+def test_what_was_put_to_no_other_attack_stays_open(first: float, verdict: str, make_record: Build) -> None:
+    settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=first, b=0.5))
+    assert (settled.verdict, settled.status) == (verdict, "open")
+    assert settled.strongest == settled.estimate
+    assert settled.attacks == ("attack-0",)
+
+
+def test_defenses_are_compared_under_attacks_that_both_were_put_to(make_record: Build) -> None:
+    """The second attack broke `a` alone, since it was never run on `b`."""
+    settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=[0.6, 0.1, 0.55], b=[0.4]))
+    assert (settled.strongest.value, settled.status) == (pytest.approx(0.2), "open")
+    records = shelf(make_record, a=[0.6, 0.1, 0.55], b=[0.4, 0.4, 0.3]).records
+    del records["b", 0][1]
+    settled = settle(a_claim(better()), "digits", "smoke", Shelf(records))
+    assert (settled.strongest.value, settled.status) == (pytest.approx(0.25), "holds")
+    assert settled.attacks == ("attack-0", "attack-2")
+    changed = make_record(fractions(0.1), defense={"name": "b"}, attack={"name": "attack-1", "parameters": {"steps": 500}})
+    settled = settle(a_claim(better()), "digits", "smoke", Shelf(records | {("b", 0): [*records["b", 0], changed]}))
+    assert settled.attacks == ("attack-0", "attack-2"), "other parameters are another attack"
+
+
+def test_a_random_and_a_deterministic_defense_are_each_held_against_their_own_attacks(make_record: Build) -> None:
+    records = shelf(make_record, a=[0.6], b=[0.4]).records
+    for name, random, share in (("a", True, 0.3), ("b", False, 0.2)):
+        own = make_record(records[name, 0][0].outcomes.robust, defense={"name": name, "random": random}, attack={"name": "attack-0"})
+        other = make_record(fractions(share), defense={"name": name, "random": random}, attack={"name": f"for-{name}"})
+        records[name, 0] = [own, other]
+    settled = settle(a_claim(better()), "digits", "smoke", Shelf(records))
+    assert settled.strongest.value == pytest.approx(0.1)
+    assert settled.attacks == ("attack-0", "for-a", "for-b")
 
 
 def test_few_examples_leave_a_claim_open(make_record: Build) -> None:
@@ -235,6 +264,21 @@ def test_a_data_set_without_the_claim_is_an_error() -> None:
         settle(a_claim(better()), "cifar10", "smoke", lambda accuracy, seed: [])
 
 
+def test_a_data_set_may_have_one_trial_for_each_scale(make_record: Build) -> None:
+    base = a_claim(better()).trials[0]
+    known = Standing(("not reproduced",), ("broken",), "known")
+    small = replace(base, quantity=better("b", "a"), scales=("smoke",), standing={"smoke": known})
+    made = replace(a_claim(better()), trials=(replace(base, scales=("gpu",)), small))
+    assert made.trial("digits") is made.trials[0]
+    assert made.trial("digits", "smoke") is small
+    assert made.trial("digits", "paper") is made.trials[0]
+    settled = settle(made, "digits", "smoke", shelf(make_record, a=[0.6, 0.5], b=[0.4, 0.3]))
+    assert settled.estimate.value == pytest.approx(-0.2)
+    assert settled.as_stood_by
+    assert settled.as_dict()["protocol"] == made.protocol("digits", "smoke") != made.protocol("digits", "gpu")
+    assert settled.as_dict()["because"] == "known"
+
+
 def test_a_trial_may_expect_something_else(make_record: Build) -> None:
     made = a_claim(better(), expect=above(0.0))
     other = replace(made, trials=(replace(made.trials[0], expect=above(0.3)),))
@@ -260,14 +304,14 @@ def test_an_outcome_is_held_against_the_one_stood_by(
     made = a_claim(better(), standing=standing)
 
     def settled(first: float, second: float) -> Settlement:
-        return settle(made, "digits", "smoke", shelf(make_record, a=first, b=second))
+        return settle(made, "digits", "smoke", shelf(make_record, a=[first, first - 0.05], b=[second, second - 0.05]))
 
     assert settled(0.6, 0.4).as_stood_by == stands_when_reproduced
     assert settled(0.4, 0.6).as_stood_by == stands_when_not
 
 
 def test_a_settlement_as_json_has_the_numbers_as_fractions(make_record: Build) -> None:
-    settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=[0.6, 0.2], b=0.4))
+    settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=[0.6, 0.2], b=[0.4, 0.4]))
     read = json.loads(json.dumps(settled.as_dict()))
     assert read["ours"]["value"] == pytest.approx(0.2)
     assert read["under_strongest_attack"]["value"] == pytest.approx(-0.2)
@@ -359,13 +403,14 @@ def test_a_claim_is_complete_and_can_be_measured(made: Claim) -> None:
     assert made.paper in [entry.paper for entry in zoo.entries().values()]
     assert 0 < made.tolerance <= 0.1
     assert made.trials
-    assert len({trial.dataset for trial in made.trials}) == len(made.trials)
+    places = [(trial.dataset, scale) for trial in made.trials for scale in trial.scales]
+    assert len(set(places)) == len(places), "one trial for each data set and scale"
     for trial in made.trials:
         assert trial.scales
         assert trial.dataset in ("digits", "cifar10", "cifar100")
         expect = trial.expect or made.expect
         assert expect.low < expect.high
-        assert str(trial.quantity) in made.protocol(trial.dataset)
+        assert all(str(trial.quantity) in made.protocol(trial.dataset, scale) for scale in trial.scales)
         for _, accuracy in trial.quantity.terms:
             zoo.parse(accuracy.defense)
             if accuracy.threat is not None:
