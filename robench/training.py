@@ -1,12 +1,13 @@
 """Training in resumable stages: plain, adversarial on an ensemble as one model, per member, or of a last layer only.
 
 A stage trains one module of a defense by one recipe. Its result is stored under a hash of everything that determines it (initial
-weights, recipe, data, seed, precision), so a stage that two defenses share is trained once, and a stage that was interrupted goes on
-from its last epoch to the same weights.
+weights and what the module computes with them, recipe, data, seed, precision), so a stage that two defenses share is trained once,
+and a stage that was interrupted goes on from its last epoch to the same weights.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -143,6 +144,21 @@ def state_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def behaviour_hash(module: nn.Module, dataset: Dataset) -> str:
+    """Return a hash of a module's predictions on two images, for what its weights do not tell: strides, aggregation, noise.
+
+    They are taken in float64 and rounded, so that threads, memory layouts and machines do not change the hash.
+    """
+    defense, x = as_defense(module).eval(), as_float(dataset.images[:2]).double()
+    draw = noise.Draw(0, torch.arange(len(x))) if defense.random else None
+    weights = {name: t.cpu().double() if t.is_floating_point() else t.cpu() for name, t in
+               itertools.chain(defense.named_parameters(), defense.named_buffers())}  # fmt: skip
+    with torch.no_grad(), noise.isolated_generator(0):
+        logits = torch.func.functional_call(defense, weights, (x, draw))
+    # Adding 0 turns a rounded -0.0 into 0.0.
+    return hashlib.sha256((logits.round(decimals=6) + 0.0).numpy().tobytes()).hexdigest()
+
+
 def native_bfloat16(device: str) -> bool:
     """Return whether the device multiplies bfloat16 natively."""
     if torch.device(device).type == "cuda":
@@ -164,7 +180,8 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
     half = recipe.precision == "bfloat16" and native_bfloat16(device)
     identity = json.dumps(
         {
-            "version": VERSION, "initial": state_hash(module), "recipe": dataclasses.asdict(recipe), "trainable": stage.trainable,
+            "version": VERSION, "initial": state_hash(module), "behaviour": behaviour_hash(module, dataset),
+            "recipe": dataclasses.asdict(recipe), "trainable": stage.trainable,
             "seed": stage.seed, "data": dataset.fingerprint, "images": len(dataset), "bfloat16": half, "device": torch.device(device).type,
         },
         sort_keys=True,

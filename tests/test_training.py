@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robench import data, noise, training, zoo
-from robench.aggregate import mean_of_logits
+from robench.aggregate import mean_of_logits, mean_of_probabilities
 from robench.data import Dataset
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
@@ -251,6 +251,33 @@ def test_another_stage_is_trained_anew(change: dict[str, Any], digits: Dataset, 
         train(defense, (wanted,), examples, folder=tmp_path)
         hashes.add(state_hash(defense))
     assert len(hashes) == 3
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("natural,backbone=resnet8-16s2", "natural,backbone=resnet8-16"),
+        ("multires,variant=as_published", "multires,variant=as_described"),
+    ],
+)
+def test_equal_weights_that_compute_something_else_are_trained_anew(one: str, other: str, digits: Dataset) -> None:
+    setting = zoo.Setting("digits", 10, (3, 16, 16), "smoke", 0)
+    defenses = [zoo.parse(text).build(setting).defense for text in (one, other)]
+    assert state_hash(defenses[0]) == state_hash(defenses[1])
+    hashes = [training.behaviour_hash(defense, digits) for defense in defenses]
+    assert hashes[0] != hashes[1]
+    assert hashes == [training.behaviour_hash(defense, digits) for defense in defenses]
+    assert all(parameter.dtype == torch.float32 for parameter in defenses[0].parameters())
+    assert training.behaviour_hash(defenses[0].to(memory_format=torch.channels_last), digits) == hashes[0]
+
+
+def test_another_aggregation_is_trained_anew(digits: Dataset, tmp_path: Path) -> None:
+    first, second, lines = ensemble(0, 1), ensemble(0, 1), list[str]()
+    second.aggregator = mean_of_probabilities
+    train(first, (Stage(PLAIN, 0),), digits, folder=tmp_path)
+    train(second, (Stage(PLAIN, 0),), digits, folder=tmp_path, progress=lines.append)
+    assert losses(lines)
+    assert state_hash(first) != state_hash(second)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])

@@ -147,12 +147,9 @@ def start(specimen: Specimen, number: int) -> tuple[str, Any, int, tuple[str, ..
         ("robust,eps=0.22", "robust_average,k=4,eps=0.22"),
         ("robust,eps=0.4", "composite,eps=0.4"),
         ("composite", "composite_pair"),
-        pytest.param(
-            "multires", "multires_self_ensemble",
-            marks=pytest.mark.xfail(strict=True, reason="building a self-ensemble moves its backbone's batch-norm statistics"),
-        ),
+        ("multires", "multires_self_ensemble"),
     ],
-)  # fmt: skip
+)
 def test_defenses_share_their_first_stage(one: str, other: str, scale: Scale) -> None:
     assert start(built(one, scale), 0) == start(built(other, scale), 0)
 

@@ -127,7 +127,11 @@ class SelfEnsemble(Defense):
         self.aggregator = crossmax_kth(k)
         if not 2 <= k <= len(self.taps) + 2:
             raise UserError(f"k = {k} must be between 2 and the number of predictors, {len(self.taps) + 2}")
-        sizes = [f.shape[1] for f in self._features(torch.zeros(2, image_shape[0] * len(backbone.resolutions), *image_shape[1:]))[0]]
+        stacked = torch.zeros(1, image_shape[0] * len(backbone.resolutions), *image_shape[1:])
+        # In training mode a forward would move the batch-norm statistics.
+        backbone.eval()
+        with torch.no_grad():
+            sizes = [f.shape[1] for f in self._features(stacked)[0]]
         self.heads = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(size), nn.Linear(size, classes)) for size in sizes)
 
     def _features(self, stacked: Tensor) -> tuple[list[Tensor], Tensor]:
