@@ -31,9 +31,7 @@ ROUNDS = 5
 
 def small_network() -> nn.Module:
     """Return a two-layer convolution network for 32 x 32 images."""
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 10)
-    )
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 10))
 
 
 def narrow_resnet18() -> nn.Module:

@@ -37,12 +37,23 @@ CLAIMS = [
         expect=above(0.10),
         tolerance=0.05,
         trials=(
-            Trial("digits", robust("multires_self_ensemble", DIGITS, RAND_SMOKE) - robust("natural", DIGITS, "pgd-adam-20"),
-                  scales=("smoke",), standing={"smoke": Standing(("reproduced",), ("broken",), MASKED)}),
-            Trial("cifar10", robust("multires_self_ensemble", CIFAR10, RAND_CPU) - robust("natural", CIFAR10, "pgd-adam-20"),
-                  scales=("cpu",), standing={"cpu": Standing(("reproduced",), ("broken",), MASKED)}),
-            Trial("cifar10", robust("multires_self_ensemble", CIFAR10, RAND) - robust("natural", CIFAR10, "pgd-adam-20"),
-                  scales=("gpu", "paper")),
+            Trial(
+                "digits",
+                robust("multires_self_ensemble", DIGITS, RAND_SMOKE) - robust("natural", DIGITS, "pgd-adam-20"),
+                scales=("smoke",),
+                standing={"smoke": Standing(("reproduced",), ("broken",), MASKED)},
+            ),
+            Trial(
+                "cifar10",
+                robust("multires_self_ensemble", CIFAR10, RAND_CPU) - robust("natural", CIFAR10, "pgd-adam-20"),
+                scales=("cpu",),
+                standing={"cpu": Standing(("reproduced",), ("broken",), MASKED)},
+            ),
+            Trial(
+                "cifar10",
+                robust("multires_self_ensemble", CIFAR10, RAND) - robust("natural", CIFAR10, "pgd-adam-20"),
+                scales=("gpu", "paper"),
+            ),
         ),
     ),
     Claim(
@@ -54,12 +65,23 @@ CLAIMS = [
         expect=above(-0.05),
         tolerance=0.05,
         trials=(
-            Trial("digits", robust("multires_self_ensemble", DIGITS, RAND_SMOKE) - robust("single_adv", DIGITS, "pgd-adam-20"),
-                  scales=("smoke",), standing={"smoke": Standing(("not reproduced",), ("broken",), SHORT + MASKED)}),
-            Trial("cifar10", robust("multires_self_ensemble", CIFAR10, RAND_CPU) - robust("single_adv", CIFAR10, "pgd-adam-20"),
-                  scales=("cpu",), standing={"cpu": Standing(("reproduced",), ("broken",), MASKED)}),
-            Trial("cifar10", robust("multires_self_ensemble", CIFAR10, RAND) - robust("single_adv", CIFAR10, "pgd-adam-20"),
-                  scales=("gpu", "paper")),
+            Trial(
+                "digits",
+                robust("multires_self_ensemble", DIGITS, RAND_SMOKE) - robust("single_adv", DIGITS, "pgd-adam-20"),
+                scales=("smoke",),
+                standing={"smoke": Standing(("not reproduced",), ("broken",), SHORT + MASKED)},
+            ),
+            Trial(
+                "cifar10",
+                robust("multires_self_ensemble", CIFAR10, RAND_CPU) - robust("single_adv", CIFAR10, "pgd-adam-20"),
+                scales=("cpu",),
+                standing={"cpu": Standing(("reproduced",), ("broken",), MASKED)},
+            ),
+            Trial(
+                "cifar10",
+                robust("multires_self_ensemble", CIFAR10, RAND) - robust("single_adv", CIFAR10, "pgd-adam-20"),
+                scales=("gpu", "paper"),
+            ),
         ),
     ),
     Claim(

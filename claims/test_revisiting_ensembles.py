@@ -49,8 +49,12 @@ CLAIMS = [
         expect=near(0.0, 0.03),
         tolerance=0.03,
         trials=(
-            Trial("digits", robust(DIGITS_AVERAGE, "L2:2", PGD) - robust(DIGITS_SINGLE, "L2:2", PGD), scales=("smoke",),
-                  standing={"smoke": FOUR}),
+            Trial(
+                "digits",
+                robust(DIGITS_AVERAGE, "L2:2", PGD) - robust(DIGITS_SINGLE, "L2:2", PGD),
+                scales=("smoke",),
+                standing={"smoke": FOUR},
+            ),
             Trial("cifar10", robust(AVERAGE, "L2:0.5", PGD) - robust(SINGLE, "L2:0.5", PGD)),
         ),
     ),
@@ -62,9 +66,7 @@ CLAIMS = [
         published="8 x Robust .22: 93.95, Robust .5: 88.30",
         expect=above(0.0),
         tolerance=0.03,
-        trials=(
-            Trial("cifar10", clean(AVERAGE) - clean(SINGLE)),
-        ),
+        trials=(Trial("cifar10", clean(AVERAGE) - clean(SINGLE)),),
     ),
     Claim(
         name="averaging-lifts-robustness",
@@ -74,9 +76,7 @@ CLAIMS = [
         published="8 x Robust .22: 68.79, Robust .22: 59.47",
         expect=above(0.0),
         tolerance=0.03,
-        trials=(
-            Trial("cifar10", robust(AVERAGE, "L2:0.5", PGD) - robust(WEAK, "L2:0.5", PGD)),
-        ),
+        trials=(Trial("cifar10", robust(AVERAGE, "L2:0.5", PGD) - robust(WEAK, "L2:0.5", PGD)),),
     ),
     Claim(
         name="average-wins-area",
@@ -96,9 +96,7 @@ CLAIMS = [
         published="Composite 67.95, Robust .5: 68.73",
         expect=near(-0.0078, 0.05),
         tolerance=0.05,
-        trials=(
-            Trial("digits", robust("composite,eps=2,alpha=0.2", "L2:2", PGD) - robust(DIGITS_SINGLE, "L2:2", PGD), scales=("smoke",)),
-        ),
+        trials=(Trial("digits", robust("composite,eps=2,alpha=0.2", "L2:2", PGD) - robust(DIGITS_SINGLE, "L2:2", PGD), scales=("smoke",)),),
     ),
     Claim(
         name="average-value",

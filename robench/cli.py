@@ -111,13 +111,15 @@ def train(
     with console.progress() as progress:
         target = targets.trained(named, split, scale=scale, seed=seed, device=device, cache=cache, progress=progress)
     stages = [(stage, str(line)) for stage, line in (target.training or {}).items()] or [("training", "none is needed")]
-    console.show_facts([
-        ("defense", f"{target.name} (version {target.version}, seed {seed})"),
-        ("trained on", f"{dataset}, scale {scale}, {device}"),
-        *stages,
-        ("weights", f"SHA-256 {training.state_hash(target.defense)}"),
-        ("kept in", str(cache / "training")),
-    ])
+    console.show_facts(
+        [
+            ("defense", f"{target.name} (version {target.version}, seed {seed})"),
+            ("trained on", f"{dataset}, scale {scale}, {device}"),
+            *stages,
+            ("weights", f"SHA-256 {training.state_hash(target.defense)}"),
+            ("kept in", str(cache / "training")),
+        ]
+    )
 
 
 @main.command()
@@ -156,9 +158,7 @@ def evaluate(
     split, scale = data.load(dataset, "test"), scale or workbench.default_scale(dataset)
     examples = split.first(min(len(split), workbench.EXAMPLES[scale]) if n is None else n)
     with console.progress() as progress:
-        resolved = targets.resolve(
-            target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress
-        )
+        resolved = targets.resolve(target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress)
         made = measure(
             resolved, examples, within, parsed_attack, seed=seed, batch_size=batch_size, device=device, scale=scale,
             cache=cache, progress=progress,
@@ -181,9 +181,7 @@ def evaluate(
 @click.option("--threat", help="Only this threat model.")
 @click.option("--records", type=PATH, default=RECORDS, show_default=True, help="The folder of records.")
 @_plugins
-def leaderboard(
-    style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]
-) -> None:
+def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]) -> None:
     """Rank the defenses by what the records say."""
     from robench import attacks, claim, console, leaderboard, record, zoo
 

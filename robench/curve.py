@@ -44,7 +44,5 @@ def auc(budgets: Sequence[float | Fraction], accuracies: Sequence[Estimate], rul
         weights = [right - left for left, right in pairwise([Fraction(0), *points])]
     else:
         raise UserError(f"unknown rule {rule!r}; known: right, trapezoid")
-    used = [
-        (float(weight / points[-1]), accuracy) for weight, accuracy in zip(weights, accuracies, strict=True) if weight
-    ]
+    used = [(float(weight / points[-1]), accuracy) for weight, accuracy in zip(weights, accuracies, strict=True) if weight]
     return average(used)

@@ -51,7 +51,8 @@ def run(*, out: Path, cache: Path | None = None, echo: Callable[[str], None]) ->
     settled = [claim.settle(c, DATASET, "smoke", bench.find) for c in claims]
     attack_versions = {name: attack.version for name, attack in registered().items()}
     rows = leaderboard.rows(
-        [r for r in bench.records if r.dataset.n == len(bench.dataset)], attack_versions=attack_versions,
+        [r for r in bench.records if r.dataset.n == len(bench.dataset)],
+        attack_versions=attack_versions,
         defense_versions={name: entry.version for name, entry in entries().items()},
     )
     figure = out / "accuracy_against_epsilon.png"

@@ -1,7 +1,7 @@
 """The one error that a user's mistake raises.
 
-    ValueError
-     └── UserError    bad input: one clear line, exit code 2 on the command line
+ValueError
+ └── UserError    bad input: one clear line, exit code 2 on the command line
 """
 
 import difflib

@@ -68,9 +68,7 @@ class Estimate:
     dataset: str = ""
 
     @classmethod
-    def of(
-        cls, values: ArrayLike, examples: ArrayLike | None = None, seeds: Sequence[float] = (), dataset: str = ""
-    ) -> "Estimate":
+    def of(cls, values: ArrayLike, examples: ArrayLike | None = None, seeds: Sequence[float] = (), dataset: str = "") -> "Estimate":
         """Estimate a share from one value per example, with Wilson's interval (conservative for values that are not 0
         or 1).
 
@@ -86,25 +84,17 @@ class Estimate:
         """
         array = np.array(values, dtype=np.float64)
         if array.ndim != 1 or not array.size:
-            raise UserError(
-                f"an estimate needs one value for each of at least one example, not an array of shape {array.shape}"
-            )
+            raise UserError(f"an estimate needs one value for each of at least one example, not an array of shape {array.shape}")
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise UserError(
-                f"per-example values must be finite and in [0, 1]; they span [{array.min():g}, {array.max():g}]"
-            )
+            raise UserError(f"per-example values must be finite and in [0, 1]; they span [{array.min():g}, {array.max():g}]")
         identities = None if examples is None else np.array(examples, dtype=np.int64)
-        if identities is not None and (
-            identities.shape != array.shape or len(np.unique(identities)) != len(identities)
-        ):
+        if identities is not None and (identities.shape != array.shape or len(np.unique(identities)) != len(identities)):
             raise UserError(f"{len(array)} values need {len(array)} different example identities")
         for kept in (array, identities):
             if kept is not None:
                 kept.setflags(write=False)
         share = cls.proportion(float(array.sum()), len(array))
-        return replace(
-            share, values=array, examples=identities, seeds=tuple(float(seed) for seed in seeds), dataset=dataset
-        )
+        return replace(share, values=array, examples=identities, seeds=tuple(float(seed) for seed in seeds), dataset=dataset)
 
     @classmethod
     def proportion(cls, successes: float, n: int) -> "Estimate":
@@ -267,8 +257,6 @@ def _shared(estimates: Sequence[Estimate]) -> tuple[NDArray[np.float64], NDArray
         return None
     common = functools.reduce(np.intersect1d, examples)
     orders = [np.argsort(identities) for identities in examples]
-    places = [
-        order[np.searchsorted(known, common, sorter=order)] for order, known in zip(orders, examples, strict=True)
-    ]
+    places = [order[np.searchsorted(known, common, sorter=order)] for order, known in zip(orders, examples, strict=True)]
     rows = np.stack([row[place] for row, place in zip(values, places, strict=True)])
     return (rows, common) if len(common) else None

@@ -79,8 +79,17 @@ class _Chunk:
 
 
 def measure(
-    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, *, seed: int = 0, batch_size: int = 100,
-    device: str = "cpu", scale: zoo.Scale = "cpu", precision: Precision | None = None, cache: Path | None = None,
+    target: Target,
+    dataset: Dataset,
+    threat: ThreatModel,
+    attack: Attack,
+    *,
+    seed: int = 0,
+    batch_size: int = 100,
+    device: str = "cpu",
+    scale: zoo.Scale = "cpu",
+    precision: Precision | None = None,
+    cache: Path | None = None,
     progress: Progress = lambda _line: None,
 ) -> Record:
     """Evaluate a target and return the record.
@@ -241,8 +250,16 @@ def _controls(
 
 
 def _record(
-    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, scale: zoo.Scale, precision: str, device: str,
-    chunks: list[_Chunk], controls: dict[str, float],
+    target: Target,
+    dataset: Dataset,
+    threat: ThreatModel,
+    attack: Attack,
+    seed: int,
+    scale: zoo.Scale,
+    precision: str,
+    device: str,
+    chunks: list[_Chunk],
+    controls: dict[str, float],
 ) -> Record:
     labels = dataset.labels.numpy()
     clean_classes = np.concatenate([np.asarray(c.clean) for c in chunks], axis=1)

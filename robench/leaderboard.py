@@ -59,12 +59,8 @@ class Row:
         notes = []
         if score := self.strongest.random_score:
             mean, worst = (f"{100 * share.value:.1f} %" for share in (score.mean, score.worst))
-            notes.append(
-                f"random, {score.draws} draws of {self.strongest.attack.name}: mean {mean}, worst draw {worst}"
-            )
-        partial = dict.fromkeys(
-            f"partial ({r.attack.name}): {r.partial}" for r in self.records if r.partial is not None
-        )
+            notes.append(f"random, {score.draws} draws of {self.strongest.attack.name}: mean {mean}, worst draw {worst}")
+        partial = dict.fromkeys(f"partial ({r.attack.name}): {r.partial}" for r in self.records if r.partial is not None)
         return (*notes, *partial, *(f"stale: {reason}" for reason in self.stale))
 
 
@@ -157,9 +153,7 @@ def _order(row: Row) -> tuple[Any, ...]:
     return (*where, -row.robust.value, _subject(record))
 
 
-def _stale(
-    records: Sequence[Record], attack_versions: Mapping[str, int], defense_versions: Mapping[str, int]
-) -> tuple[str, ...]:
+def _stale(records: Sequence[Record], attack_versions: Mapping[str, int], defense_versions: Mapping[str, int]) -> tuple[str, ...]:
     reasons = []
     defense = records[0].defense
     current = defense_versions.get(defense.name.partition(",")[0], defense.version)
@@ -229,8 +223,7 @@ def _full(row: Row) -> dict[str, Any]:
         "clean_accuracy": _share(row.clean),
         "strongest_attack": record.attack.name,
         "attacks": [
-            r.attack.model_dump(mode="json")
-            | {"seed": r.seed, "robust_accuracy": _share(r.robust_accuracy), "cost": r.cost.model_dump()}
+            r.attack.model_dump(mode="json") | {"seed": r.seed, "robust_accuracy": _share(r.robust_accuracy), "cost": r.cost.model_dump()}
             for r in row.records
         ],
         "cost": record.cost.model_dump(),

@@ -188,9 +188,7 @@ class Record(_Model):
         if self.defense.random != (self.random_score is not None):
             raise ValueError("a random defense, and no other, has a random_score (mean, majority and worst draw)")
         if self.random_score and self.random_score.mean.differs(self.robust_accuracy):
-            raise ValueError(
-                "the robust accuracy of a random defense is its mean over draws; random_score.mean differs"
-            )
+            raise ValueError("the robust accuracy of a random defense is its mean over draws; random_score.mean differs")
         return self
 
 
@@ -235,8 +233,7 @@ def to_json(record: Record) -> str:
     head = json.dumps(record.model_dump(mode="json", exclude={"outcomes"}), indent=1).removesuffix("\n}")
     lists = {"clean": record.outcomes.clean, "robust": record.outcomes.robust}
     lines = [
-        f'  "{name}": {json.dumps([int(v) if v in (0, 1) else v for v in values], separators=(",", ":"))}'
-        for name, values in lists.items()
+        f'  "{name}": {json.dumps([int(v) if v in (0, 1) else v for v in values], separators=(",", ":"))}' for name, values in lists.items()
     ]
     return head + ',\n "outcomes": {\n' + ",\n".join(lines) + "\n }\n}\n"
 
@@ -293,14 +290,9 @@ def worst_case(records: Sequence[Record]) -> tuple[Estimate, Record]:
     Raises:
         UserError: for no records, or records of different subjects.
     """
-    subjects = {
-        (r.defense.name, r.defense.version, r.defense.weights_sha256, r.dataset.fingerprint, r.threat, r.scale)
-        for r in records
-    }
+    subjects = {(r.defense.name, r.defense.version, r.defense.weights_sha256, r.dataset.fingerprint, r.threat, r.scale) for r in records}
     if len(subjects) != 1:
-        raise UserError(
-            f"a worst case is over records of one defense, data set, threat and scale, not of {len(subjects)}"
-        )
+        raise UserError(f"a worst case is over records of one defense, data set, threat and scale, not of {len(subjects)}")
     largest = max(records, key=lambda record: record.dataset.n)
     worst = np.ones(largest.dataset.n)
     for record in records:

@@ -47,8 +47,15 @@ def of_module(module: nn.Module, name: str | None = None) -> Target:
 
 
 def resolve(
-    text: str, dataset: Dataset, threat: ThreatModel, *, scale: zoo.Scale, seed: int = 0, device: str = "cpu",
-    cache: Path | None = None, progress: Progress = lambda _line: None,
+    text: str,
+    dataset: Dataset,
+    threat: ThreatModel,
+    *,
+    scale: zoo.Scale,
+    seed: int = 0,
+    device: str = "cpu",
+    cache: Path | None = None,
+    progress: Progress = lambda _line: None,
 ) -> Target:
     """Return the target that `text` names, training a defense of the zoo that is not trained yet.
 
@@ -84,7 +91,13 @@ def setting_for(dataset: Dataset, scale: zoo.Scale, seed: int) -> zoo.Setting:
 
 
 def trained(
-    named: zoo.Named, dataset: Dataset, *, scale: zoo.Scale, seed: int = 0, device: str = "cpu", cache: Path | None = None,
+    named: zoo.Named,
+    dataset: Dataset,
+    *,
+    scale: zoo.Scale,
+    seed: int = 0,
+    device: str = "cpu",
+    cache: Path | None = None,
     progress: Progress = lambda _line: None,
 ) -> Target:
     """Return a defense of the zoo, trained on the training split of `dataset` or taken from the cache; see `resolve`."""

@@ -180,9 +180,16 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
     half = recipe.precision == "bfloat16" and native_bfloat16(device)
     identity = json.dumps(
         {
-            "version": VERSION, "initial": state_hash(module), "behaviour": behaviour_hash(module, dataset),
-            "recipe": dataclasses.asdict(recipe), "trainable": stage.trainable,
-            "seed": stage.seed, "data": dataset.fingerprint, "images": len(dataset), "bfloat16": half, "device": torch.device(device).type,
+            "version": VERSION,
+            "initial": state_hash(module),
+            "behaviour": behaviour_hash(module, dataset),
+            "recipe": dataclasses.asdict(recipe),
+            "trainable": stage.trainable,
+            "seed": stage.seed,
+            "data": dataset.fingerprint,
+            "images": len(dataset),
+            "bfloat16": half,
+            "device": torch.device(device).type,
         },
         sort_keys=True,
     )
@@ -232,8 +239,14 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
 
 
 def _step(
-    module: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe,
-    x: Tensor, y: Tensor, draw: noise.Draw, half: bool, trainable: tuple[str, ...],
+    module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    recipe: Recipe,
+    x: Tensor,
+    y: Tensor,
+    draw: noise.Draw,
+    half: bool,
+    trainable: tuple[str, ...],
 ) -> Tensor:
     """Take one optimiser step on a batch and return its loss."""
     defense = as_defense(module)

@@ -276,9 +276,7 @@ def test_mean_transfer_fools_a_vote_that_has_no_gradient() -> None:
     voters = Ensemble([Network(48, number) for number in range(3)], majority_vote).eval()
     x, threat = images(12, 3, 4, 4), ThreatModel.parse("Linf:0.3")
     y, examples = predicted(voters, x), torch.arange(12)
-    direct, moved = (
-        attacks.parse(name)(voters, x, y, threat, examples=examples, seed=0) for name in ("fgsm", "mean-transfer-20")
-    )
+    direct, moved = (attacks.parse(name)(voters, x, y, threat, examples=examples, seed=0) for name in ("fgsm", "mean-transfer-20"))
     assert torch.equal(direct, x)
     assert (predicted(voters, moved) != y).float().mean() > 0.9
     assert threat.violation(moved, x) is None

@@ -51,9 +51,7 @@ def held_out(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return images[-count:], labels[-count:], torch.arange(len(images) - count, len(images))
 
 
-def direct(
-    defense: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int, batch_size: int, **settings: Any
-) -> Tensor:
+def direct(defense: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int, batch_size: int, **settings: Any) -> Tensor:
     """Call pyautoattack as its documentation says."""
     from pyautoattack import AutoAttack
 

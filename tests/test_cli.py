@@ -210,9 +210,7 @@ def test_train_then_evaluate_takes_the_trained_weights(robench: Robench) -> None
     trained = robench("train", "natural", "--device", "cpu", "--seed", "1")
     assert trained.exit_code == 0
     assert "epoch" in trained.stderr
-    made = robench(
-        "evaluate", "natural", "--training-seed", "1", "--attack", "fgsm", "--n", "5", "--device", "cpu", "--json", "-"
-    )
+    made = robench("evaluate", "natural", "--training-seed", "1", "--attack", "fgsm", "--n", "5", "--device", "cpu", "--json", "-")
     assert "already trained" in made.stderr
     weights = Record.model_validate_json(made.stdout).defense.weights_sha256
     assert f"SHA-256 {weights}" in trained.stdout

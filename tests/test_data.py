@@ -67,9 +67,7 @@ def test_digits_splits_share_every_bundled_example_out_once() -> None:
     parts = [data.load("digits", split) for split in data.SPLITS]
     assert [len(part) for part in parts] == [1433, 364]
     found = sorted(
-        (image[0, ::2, ::2].numpy().tobytes(), int(label))
-        for part in parts
-        for image, label in zip(part.images, part.labels, strict=True)
+        (image[0, ::2, ::2].numpy().tobytes(), int(label)) for part in parts for image, label in zip(part.images, part.labels, strict=True)
     )
     bundled = load_digits()
     levels = (bundled.images * 255 / 16 + 0.5).astype(np.uint8)

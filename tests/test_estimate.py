@@ -18,9 +18,7 @@ def paired(both: int, first: int, second: int, neither: int) -> tuple[Estimate, 
 
 
 # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 1998, table I, method 3.
-@pytest.mark.parametrize(
-    ("k", "n", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]
-)
+@pytest.mark.parametrize(("k", "n", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)])
 def test_one_proportion_has_wilsons_interval(k: int, n: int, low: float, high: float) -> None:
     estimate = Estimate.proportion(k, n)
     assert (estimate.value, estimate.n) == (k / n, n)
@@ -75,9 +73,7 @@ def test_the_paired_interval_is_the_published_formula(both: int, first: int, sec
     ("a", "b", "low", "high"),
     [((56, 70), (48, 80), 0.0524, 0.3339), ((9, 10), (3, 10), 0.1705, 0.8090), ((10, 10), (0, 10), 0.6075, 1)],
 )
-def test_an_unpaired_difference_has_newcombes_interval(
-    a: tuple[int, int], b: tuple[int, int], low: float, high: float
-) -> None:
+def test_an_unpaired_difference_has_newcombes_interval(a: tuple[int, int], b: tuple[int, int], low: float, high: float) -> None:
     difference = Estimate.proportion(*a) - Estimate.proportion(*b)
     assert difference.value == pytest.approx(a[0] / a[1] - b[0] / b[1])
     assert (difference.low, difference.high) == pytest.approx((low, high), abs=5e-5)
@@ -85,23 +81,17 @@ def test_an_unpaired_difference_has_newcombes_interval(
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=40), st.booleans())
-def test_differences_are_antisymmetric_and_contain_their_value(
-    pairs: list[tuple[float, float]], with_values: bool
-) -> None:
+def test_differences_are_antisymmetric_and_contain_their_value(pairs: list[tuple[float, float]], with_values: bool) -> None:
     a, b = (Estimate.of(column) for column in zip(*pairs, strict=True))
     if not with_values:
         a, b = Estimate.proportion(a.value * a.n, a.n), Estimate.proportion(b.value * b.n, b.n)
     forward, backward = a - b, b - a
-    assert (forward.value, forward.low, forward.high) == pytest.approx(
-        (-backward.value, -backward.high, -backward.low), abs=1e-12
-    )
+    assert (forward.value, forward.low, forward.high) == pytest.approx((-backward.value, -backward.high, -backward.low), abs=1e-12)
     assert -1 <= forward.low <= forward.value <= forward.high <= 1
     assert forward.low < forward.high
 
 
-@pytest.mark.parametrize(
-    ("n", "first", "second"), [(30, 0.3, 0.1), (200, 0.1, 0.05), (200, 0.01, 0.01), (500, 0.02, 0.0)]
-)
+@pytest.mark.parametrize(("n", "first", "second"), [(30, 0.3, 0.1), (200, 0.1, 0.05), (200, 0.01, 0.01), (500, 0.02, 0.0)])
 def test_the_paired_interval_covers_95_percent(n: int, first: float, second: float) -> None:
     generator = np.random.default_rng(2012)
     trials, covered = 1000, 0
@@ -153,9 +143,7 @@ def test_a_contrast_combines_every_example() -> None:
     combined = columns[0] - columns[1] - columns[2] + columns[3]
     padded = np.append(combined, [-2, 2])
     half = 1.959963984540054 * math.sqrt(padded.var() / 52)
-    assert (gap.value, gap.low, gap.high) == pytest.approx(
-        (combined.mean(), padded.mean() - half, padded.mean() + half)
-    )
+    assert (gap.value, gap.low, gap.high) == pytest.approx((combined.mean(), padded.mean() - half, padded.mean() + half))
     assert contrast([(1, a), (-1, b)]) == a - b
     doubled = contrast([(2, a), (-2, b)])
     assert (doubled.low, doubled.high) == pytest.approx((2 * (a - b).low, 2 * (a - b).high))

@@ -25,9 +25,7 @@ def rendered(made: list[leaderboard.Row]) -> str:
 
 def test_a_row_is_the_worst_case_over_the_attacks_on_one_defense(make_record: Build) -> None:
     weak = make_record([1, 1, 1, 0], [1, 1, 1, 0], attack={"name": "fgsm"})
-    strong = make_record(
-        [0, 0, 1, 1], [1, 1, 1, 1], attack={"name": "autoattack"}, cost={"forwards": 12345.6, "backwards": 2.25}
-    )
+    strong = make_record([0, 0, 1, 1], [1, 1, 1, 1], attack={"name": "autoattack"}, cost={"forwards": 12345.6, "backwards": 2.25})
     prefix = make_record([1, 0], attack={"name": "fgsm"}, seed=1)
     (row,) = rows([weak, prefix, strong])
     assert (row.robust.value, row.robust.n, row.clean.n) == (0.25, 4, 4)
@@ -79,9 +77,7 @@ def test_rows_are_apart_by_all_that_makes_another_subject(make_record: Build) ->
 
 
 def test_rows_are_sorted_by_place_and_then_by_robust_accuracy(make_record: Build) -> None:
-    def record(
-        robust: list[int], name: str, dataset: str = "digits", threat: str = "Linf:8/255", scale: str = "cpu"
-    ) -> Record:
+    def record(robust: list[int], name: str, dataset: str = "digits", threat: str = "Linf:8/255", scale: str = "cpu") -> Record:
         return make_record(robust, defense={"name": name}, dataset={"name": dataset}, threat=threat, scale=scale)
 
     wanted = [

@@ -31,9 +31,7 @@ Build = Callable[..., Record]
 
 
 def test_a_record_is_read_back_as_it_was_saved(make_record: Build, tmp_path: Path) -> None:
-    record = make_record(
-        [1, 0, 0.3], [1, 0.7, 1], defense={"random": True}, attack={"parameters": {"a": 1, "b": 1.0, "c": True}}
-    )
+    record = make_record([1, 0, 0.3], [1, 0.7, 1], defense={"random": True}, attack={"parameters": {"a": 1, "b": 1.0, "c": True}})
     path = save(record, tmp_path / "new" / "folder")
     again = load(path)
     assert again == record
@@ -60,9 +58,7 @@ def test_a_file_has_its_outcomes_on_one_line_each_and_whole_ones_short(make_reco
 
 def test_the_identity_is_what_was_measured_not_when_or_from_which_commit(make_record: Build) -> None:
     record = make_record()
-    again = make_record(
-        timing={"created": "2026-01-01T00:00:00Z", "seconds": 99.0}, provenance={"commit": "1" * 40, "dirty": True}
-    )
+    again = make_record(timing={"created": "2026-01-01T00:00:00Z", "seconds": 99.0}, provenance={"commit": "1" * 40, "dirty": True})
     assert identity(record) == identity(again)
     changes: list[dict[str, Any]] = [
         {"seed": 1},
@@ -131,9 +127,7 @@ SHARE = {"value": 1.0, "low": 0.4, "high": 1.0, "n": 3}
         ({"defense": {}}, r"defense.name: Field required \(and 8 more\)"),
     ],
 )
-def test_an_edited_record_is_refused_in_one_line(
-    make_record: Build, tmp_path: Path, changes: dict[str, Any], reason: str
-) -> None:
+def test_an_edited_record_is_refused_in_one_line(make_record: Build, tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     path = tmp_path / "record.json"
     path.write_text(edited(make_record(), **changes))
     with pytest.raises(UserError, match=reason) as caught:

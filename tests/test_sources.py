@@ -132,9 +132,7 @@ def test_a_checkpoint_of_another_network_is_named(cifar10: Dataset, tmp_path: Pa
     assert str(path) in message
 
 
-def test_robustbench_not_installed_says_how_to_get_it(
-    cifar10: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_robustbench_not_installed_says_how_to_get_it(cifar10: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "robustbench"]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -179,9 +177,7 @@ def timm_without_weights(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
     return calls
 
 
-def test_a_timm_model_resizes_and_normalises_inside(
-    cifar10: Dataset, tmp_path: Path, timm_without_weights: list[dict[str, Any]]
-) -> None:
+def test_a_timm_model_resizes_and_normalises_inside(cifar10: Dataset, tmp_path: Path, timm_without_weights: list[dict[str, Any]]) -> None:
     model = sources.from_timm("test_efficientnet.r160_in1k", cifar10, LINF, tmp_path)
     assert timm_without_weights == [{"pretrained": True}]
     assert not model.training
@@ -200,9 +196,7 @@ def test_an_unknown_timm_model_names_the_nearest(cifar10: Dataset, tmp_path: Pat
     assert "did you mean 'resnet18'" in reason(lambda: sources.from_timm("resnet_18", cifar10, LINF, tmp_path))
 
 
-def test_timm_weights_that_cannot_be_had_are_one_line(
-    cifar10: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_timm_weights_that_cannot_be_had_are_one_line(cifar10: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with sources._quiet():
         import timm
 

@@ -172,9 +172,7 @@ def _backbone_recipe(setting: Setting, light_adversarial: bool) -> Recipe:
     recipe = single_step(setting) if light_adversarial else natural(setting)
     if setting.scale != "paper":
         return replace(recipe, augmentation="none")
-    return replace(
-        recipe, epochs=6, learning_rate=3.3e-5, schedule="constant", optimiser="adam", weight_decay=0.0, augmentation="none"
-    )
+    return replace(recipe, epochs=6, learning_rate=3.3e-5, schedule="constant", optimiser="adam", weight_decay=0.0, augmentation="none")
 
 
 def _head_recipe(setting: Setting) -> Recipe:
@@ -225,9 +223,7 @@ def multires_self_ensemble(setting: Setting, *, k: int = 3, variant: str = "as_p
 
 
 @register(paper=ENSEMBLE_EVERYTHING, version=1)
-def multires_self_ensemble_adv(
-    setting: Setting, *, k: int = 3, variant: str = "as_published", backbone: str | None = None
-) -> Specimen:
+def multires_self_ensemble_adv(setting: Setting, *, k: int = 3, variant: str = "as_published", backbone: str | None = None) -> Specimen:
     """`multires_self_ensemble` on a lightly adversarially trained network."""
     defense, stages = _self_ensemble(setting, backbone, k, variant, light_adversarial=True)
     return Specimen(defense, tuple(stages))

@@ -29,9 +29,7 @@ def robust(setting: Setting, *, eps: float = 0.5, backbone: str | None = None) -
 
 
 @register(paper=REVISITING_ENSEMBLES, version=1)
-def robust_average(
-    setting: Setting, *, k: int = 8, eps: float = 0.22, weights: str = "uniform", backbone: str | None = None
-) -> Specimen:
+def robust_average(setting: Setting, *, k: int = 8, eps: float = 0.22, weights: str = "uniform", backbone: str | None = None) -> Specimen:
     """The average of k networks, each trained on its own in the L2 ball of radius eps (equation 2); weights as ``0.5/0.3/0.2``."""
     networks = [network(setting, backbone, paper="resnet18", member=i) for i in range(k)]
     stages = tuple(stage(l2_adversarial(setting, eps), setting, f"networks.{i}", member=i) for i in range(k))

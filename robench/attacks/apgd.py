@@ -26,8 +26,17 @@ MOMENTUM = 0.75
 
 @register("apgd-ce", version=1, paper="arXiv 2003.01690")
 def apgd_ce(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *,
-    examples: Tensor, seed: int, steps: int = 100, restarts: int = 1, draws: int = 1, rho: float = 0.75,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int = 100,
+    restarts: int = 1,
+    draws: int = 1,
+    rho: float = 0.75,
 ) -> Tensor:
     """APGD on the cross-entropy, from random starts.
 
@@ -42,8 +51,17 @@ def apgd_ce(
 
 @register("apgd-dlr", version=1, paper="arXiv 2003.01690")
 def apgd_dlr(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *,
-    examples: Tensor, seed: int, steps: int = 100, restarts: int = 1, draws: int = 1, rho: float = 0.75,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int = 100,
+    restarts: int = 1,
+    draws: int = 1,
+    rho: float = 0.75,
 ) -> Tensor:
     """APGD on the difference of logits ratio, which does not depend on the logits' scale; parameters as for `apgd_ce`.
 
@@ -56,8 +74,18 @@ def apgd_dlr(
 
 @register("apgd-t", version=1, paper="arXiv 2003.01690")
 def apgd_t(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *,
-    examples: Tensor, seed: int, steps: int = 100, restarts: int = 1, draws: int = 1, rho: float = 0.75, targets: int = 9,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int = 100,
+    restarts: int = 1,
+    draws: int = 1,
+    rho: float = 0.75,
+    targets: int = 9,
 ) -> Tensor:
     """APGD on the targeted difference of logits ratio, towards each of the wrong classes that score highest on the clean image.
 
@@ -202,8 +230,14 @@ def _apgd(plan: _Plan, defense: Defense, x: Tensor, y: Tensor, threat: ThreatMod
         start = threat.random_start(x[index], names, seed, f"start/{rank}/{restart}")
         x_adv = _run(plan, run, defense, x[index], labels, ranked[index, rank], threat, start, names, seed)
         point = evaluate_point(
-            defense, x_adv, labels, _objective(lambda logits, y, _target: plan.judge(logits, y), labels, labels),
-            examples=names, seed=seed, numbers=judging, gradient=False,
+            defense,
+            x_adv,
+            labels,
+            _objective(lambda logits, y, _target: plan.judge(logits, y), labels, labels),
+            examples=names,
+            seed=seed,
+            numbers=judging,
+            gradient=False,
         )
         better = point.loss > best_loss[index]
         if not defense.random:
@@ -214,25 +248,52 @@ def _apgd(plan: _Plan, defense: Defense, x: Tensor, y: Tensor, threat: ThreatMod
 
 
 def _run(
-    plan: _Plan, run: int, defense: Defense, x: Tensor, y: Tensor, target: Tensor, threat: ThreatModel,
-    start: Tensor, examples: Tensor, seed: int,
+    plan: _Plan,
+    run: int,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    threat: ThreatModel,
+    start: Tensor,
+    examples: Tensor,
+    seed: int,
 ) -> Tensor:
     """Ascend once from `start`; return the iterate that fooled a deterministic defense, else that of highest loss."""
     result, (count, zero) = start.clone(), (len(x), torch.zeros(len(x), device=x.device))
     search = _Search(
-        index=torch.arange(count, device=x.device), x=x, y=y, target=target, examples=examples,
-        x_adv=start, x_before=start, gradient=start, loss=zero + torch.inf,
-        x_max=start, gradient_max=start, loss_max=zero - torch.inf, loss_max_before=zero - torch.inf,
-        step_size=zero + (1 if threat.norm == "L1" else 2) * threat.epsilon, rises=zero, halved=zero.bool(),
-        sparsity=zero + 0.2, changed=zero + x[0].numel(),
+        index=torch.arange(count, device=x.device),
+        x=x,
+        y=y,
+        target=target,
+        examples=examples,
+        x_adv=start,
+        x_before=start,
+        gradient=start,
+        loss=zero + torch.inf,
+        x_max=start,
+        gradient_max=start,
+        loss_max=zero - torch.inf,
+        loss_max_before=zero - torch.inf,
+        step_size=zero + (1 if threat.norm == "L1" else 2) * threat.epsilon,
+        rises=zero,
+        halved=zero.bool(),
+        sparsity=zero + 0.2,
+        changed=zero + x[0].numel(),
     )
     reconsidered = checkpoints(threat.norm, plan.steps)
     for step in range(plan.steps + 1):
         if step:
             search.step(threat, first=step == 1)
         point = evaluate_point(
-            defense, search.x_adv, search.y, _objective(plan.loss, search.y, search.target),
-            examples=search.examples, seed=seed, numbers=plan.numbers(run, step), gradient=step < plan.steps,
+            defense,
+            search.x_adv,
+            search.y,
+            _objective(plan.loss, search.y, search.target),
+            examples=search.examples,
+            seed=seed,
+            numbers=plan.numbers(run, step),
+            gradient=step < plan.steps,
         )
         search.see(point.loss, point.gradient)
         if not defense.random and bool(point.fooled.any()):

@@ -61,8 +61,15 @@ def pyautoattack_rand(
 
 
 def _run(
-    version: Literal["standard", "rand"], least_classes: int,
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int, batch_size: int,
+    version: Literal["standard", "rand"],
+    least_classes: int,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    examples: Tensor,
+    seed: int,
+    batch_size: int,
 ) -> Tensor:
     if threat.epsilon == 0 or not len(x):
         return x.clone()

@@ -37,8 +37,15 @@ def draw_numbers(step: int, draws: int, fixed: bool = False) -> range:
 
 
 def evaluate_point(
-    defense: Defense, x: Tensor, y: Tensor, objective: Objective, *,
-    examples: Tensor, seed: int, numbers: range, gradient: bool = True,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    objective: Objective,
+    *,
+    examples: Tensor,
+    seed: int,
+    numbers: range,
+    gradient: bool = True,
 ) -> Point:
     """Evaluate the objective and its gradient at images `x`, averaged over the noise draws of these numbers.
 

@@ -20,8 +20,15 @@ Update = Callable[[Tensor, Tensor], Tensor]
 
 @register("fgsm", version=1, paper="arXiv 1412.6572")
 def fgsm(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *,
-    examples: Tensor, seed: int, loss: str = "ce", draws: int = 1,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    loss: str = "ce",
+    draws: int = 1,
 ) -> Tensor:
     """One steepest-ascent step of the whole budget from the clean image.
 
@@ -33,8 +40,17 @@ def fgsm(
 
 @register("ifgsm", version=1, paper="arXiv 1607.02533", number="steps")
 def ifgsm(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *,
-    examples: Tensor, seed: int, steps: int, step_size: float | None = None, loss: str = "ce", draws: int = 1,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int,
+    step_size: float | None = None,
+    loss: str = "ce",
+    draws: int = 1,
 ) -> Tensor:
     """Iterated steepest ascent from the clean image; step size ``2.5 * budget / steps`` unless given, on the range [0, 1]."""
     update = sign_update(threat, default_step_size(threat, steps, step_size))
@@ -43,8 +59,18 @@ def ifgsm(
 
 @register("pgd", version=1, paper="arXiv 1706.06083", number="steps")
 def pgd(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int,
-    steps: int, step_size: float | None = None, restarts: int = 1, loss: str = "ce", draws: int = 1,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int,
+    step_size: float | None = None,
+    restarts: int = 1,
+    loss: str = "ce",
+    draws: int = 1,
 ) -> Tensor:
     """Projected steepest ascent from random starts; step size ``2.5 * budget / steps`` unless given, on the range [0, 1]."""
     update = sign_update(threat, default_step_size(threat, steps, step_size))
@@ -53,8 +79,18 @@ def pgd(
 
 @register("pgd-adam", version=1, paper="arXiv 1811.09300", number="steps")
 def pgd_adam(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int,
-    steps: int, step_size: float | None = None, restarts: int = 1, loss: str = "ce", draws: int = 1,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int,
+    step_size: float | None = None,
+    restarts: int = 1,
+    loss: str = "ce",
+    draws: int = 1,
 ) -> Tensor:
     """Projected ascent by Adam (arXiv 1412.6980) on the image from random starts: what arXiv 1811.09300 calls PGD.
 
@@ -94,8 +130,17 @@ def _adam_update(rate: float) -> Update:
 
 
 def _restarted(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int,
-    steps: int, restarts: int, loss: str, draws: int, new_update: Callable[[], Update],
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    examples: Tensor,
+    seed: int,
+    steps: int,
+    restarts: int,
+    loss: str,
+    draws: int,
+    new_update: Callable[[], Update],
 ) -> Tensor:
     """Ascend from `restarts` random starts and keep each example's best result over all of them."""
     starts = (threat.random_start(x, examples, seed, f"start/{restart}") for restart in range(restarts))
@@ -107,14 +152,28 @@ def _restarted(
 
 
 def _ascend(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *,
-    examples: Tensor, seed: int, steps: int, loss: str, draws: int, update: Update,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int,
+    loss: str,
+    draws: int,
+    update: Update,
 ) -> Tensor:
     """Ascend from the clean images and return the last iterate, unseen, as FGSM and its iterated form do."""
     untargeted, x_adv = loss_named(loss), x
     for step in range(steps):
         point = evaluate_point(
-            defense, x_adv, y, lambda logits: untargeted(logits, y), examples=examples, seed=seed,
+            defense,
+            x_adv,
+            y,
+            lambda logits: untargeted(logits, y),
+            examples=examples,
+            seed=seed,
             numbers=draw_numbers(step, draws),
         )
         x_adv = threat.project(update(x_adv, point.gradient), x)
@@ -122,15 +181,31 @@ def _ascend(
 
 
 def path(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int,
-    steps: int, loss: str, draws: int, update: Update, start: Tensor, restart: int,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    examples: Tensor,
+    seed: int,
+    steps: int,
+    loss: str,
+    draws: int,
+    update: Update,
+    start: Tensor,
+    restart: int,
 ) -> Iterator[tuple[Tensor, Point]]:
     """Yield each iterate and the defense's behaviour there, from the start to the last."""
     untargeted, x_adv = loss_named(loss), start
     for step in range(steps + 1):
         point = evaluate_point(
-            defense, x_adv, y, lambda logits: untargeted(logits, y), examples=examples, seed=seed,
-            numbers=draw_numbers(restart * (steps + 1) + step, draws), gradient=step < steps,
+            defense,
+            x_adv,
+            y,
+            lambda logits: untargeted(logits, y),
+            examples=examples,
+            seed=seed,
+            numbers=draw_numbers(restart * (steps + 1) + step, draws),
+            gradient=step < steps,
         )
         yield x_adv, point
         if step < steps:

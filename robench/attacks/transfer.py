@@ -59,8 +59,19 @@ def transfer(surrogate: Defense, attack: Attack) -> Attack:
 
 @register("mean-transfer", version=1, paper="arXiv 2411.14834", number="steps")
 def mean_transfer(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int,
-    steps: int, step_size: float | None = None, restarts: int = 1, loss: str = "ce", draws: int = 1, finetune: int = 0,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int,
+    step_size: float | None = None,
+    restarts: int = 1,
+    loss: str = "ce",
+    draws: int = 1,
+    finetune: int = 0,
 ) -> Tensor:
     """PGD on the mean-of-logits surrogate, then `finetune` steps of PGD on the defense itself from where that ended.
 
@@ -70,8 +81,17 @@ def mean_transfer(
     Args beyond those of `pgd`: `finetune`, steps on the defense itself, of the same step size.
     """
     transferred = pgd(
-        mean_surrogate(defense), x, y, threat, examples=examples, seed=seed,
-        steps=steps, step_size=step_size, restarts=restarts, loss=loss, draws=draws,
+        mean_surrogate(defense),
+        x,
+        y,
+        threat,
+        examples=examples,
+        seed=seed,
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
+        loss=loss,
+        draws=draws,
     )
     if not finetune:
         return transferred
