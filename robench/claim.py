@@ -283,7 +283,7 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
 
 
 def _equally_attacked(term: list[Sequence[Record]], terms: list[list[Sequence[Record]]]) -> list[Sequence[Record]]:
-    """Return a term's records under its own attack and under those that every term of its kind was put to.
+    """Return a term's records under its own attack and under those that every term of its kind and threat was put to.
 
     Of two defenses the one that fewer attacks were run on would look the stronger. Random and deterministic defenses are attacked
     in different ways, so each kind is compared within itself.
@@ -292,8 +292,8 @@ def _equally_attacked(term: list[Sequence[Record]], terms: list[list[Sequence[Re
     def attack(r: Record) -> tuple[object, ...]:
         return (r.attack.name, *sorted((key, str(value)) for key, value in r.attack.parameters.items()))
 
-    kind = term[0][0].defense.random
-    alike = [records for other in terms for records in other if records[0].defense.random == kind]
+    random, threat = term[0][0].defense.random, term[0][0].threat
+    alike = [records for other in terms for records in other if (records[0].defense.random, records[0].threat) == (random, threat)]
     common = set.intersection(*({attack(r) for r in records} for records in alike))
     return [[records[0], *(r for r in records[1:] if attack(r) in common)] for records in term]
 
