@@ -431,7 +431,7 @@ def test_a_failed_download_is_said(official, server: Server, tmp_path: Path) -> 
 
 def test_an_unreachable_server_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Server() as closed:
-        url = f"http://127.0.0.1:{closed.server_port}/a.tar.gz"
+        url = f"http://127.0.0.1:{closed.server_port}/archive"
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(data._torchvision("cifar10"), "url", url)
     message = refused(data.fetch, "cifar10", tmp_path)
