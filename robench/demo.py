@@ -1,4 +1,4 @@
-"""The demo: claims of all three papers settled on the embedded digits, in about two minutes on two cores."""
+"""The demo: claims of all three papers settled on the embedded digits, in two to three minutes on two cores."""
 
 import concurrent.futures
 import multiprocessing
