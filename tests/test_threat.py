@@ -205,7 +205,8 @@ def test_the_projection_agrees_with_a_general_solver(norm: str, budget: str) -> 
             method="SLSQP",
             options={"ftol": 1e-14, "maxiter": 500},
         )
-        assert solved.success
+        # 8: SLSQP can go no lower at this ftol, which some BLAS threadings end with; the comparison below judges its point.
+        assert solved.status in (0, 8)
         assert p_ == pytest.approx(x_ + solved.x[:4] - solved.x[4:], abs=1e-4)
         assert float(((p_ - z_) ** 2).sum()) <= solved.fun + 1e-8
 
