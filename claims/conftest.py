@@ -113,14 +113,15 @@ def _ready(bench: Workbench) -> Callable[..., Any]:
     """Return the workbench's `find`, which says what is missing instead of measuring where it cannot."""
 
     def find(accuracy: Any, seed: int) -> Any:
+        if bench.settled_by_records(accuracy, seed):
+            return bench.find(accuracy, seed)
+        if bench.device == "cuda" and not torch.cuda.is_available():
+            raise _MissingError(
+                f"no record of {accuracy.defense} on {bench.dataset_name} at scale {bench.scale}, and no CUDA device to measure it: "
+                "run on a machine with one, or put records into the folder of --records"
+            )
         try:
-            if bench.settled_by_records(accuracy, seed):
-                return bench.find(accuracy, seed)
-            if bench.device == "cuda" and not torch.cuda.is_available():
-                raise _MissingError(
-                    f"no record of {accuracy.defense} on {bench.dataset_name} at scale {bench.scale}, and no CUDA device to measure it: "
-                    "run on a machine with one, or put records into the folder of --records"
-                )
+            # Only this may be missing; a mistake in a claim must fail.
             _ = bench.dataset
         except UserError as error:
             raise _MissingError(str(error)) from error

@@ -290,7 +290,8 @@ def _equally_attacked(term: list[Sequence[Record]], terms: list[list[Sequence[Re
     """
 
     def attack(r: Record) -> tuple[object, ...]:
-        return (r.attack.name, *sorted((key, str(value)) for key, value in r.attack.parameters.items()))
+        # Run on more examples, it is more of an attack.
+        return (r.attack.name, r.dataset.n, *sorted((key, str(value)) for key, value in r.attack.parameters.items()))
 
     random, threat = term[0][0].defense.random, term[0][0].threat
     alike = [records for other in terms for records in other if (records[0].defense.random, records[0].threat) == (random, threat)]
