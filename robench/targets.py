@@ -108,11 +108,11 @@ def trained(
         training.train(specimen.defense, specimen.stages, split, folder=folder, device=device, progress=progress)
     entry = named.entry
     return Target(
-        specimen.defense.eval(), named.text, entry.version, "zoo", entry.paper.arxiv, seed, _summary(specimen.stages),
+        specimen.defense.eval(), named.text, entry.version, "zoo", entry.paper.arxiv, seed, _summary(specimen.stages, device),
     )  # fmt: skip
 
 
-def _summary(stages: tuple[training.Stage, ...]) -> dict[str, Value]:
+def _summary(stages: tuple[training.Stage, ...], device: str) -> dict[str, Value]:
     """Return what was trained how, a line per stage."""
     lines: dict[str, Value] = {}
     for number, stage in enumerate(stages):
@@ -121,7 +121,7 @@ def _summary(stages: tuple[training.Stage, ...]) -> dict[str, Value]:
         part = ",".join(stage.trainable) or "all"
         lines[f"stage {number + 1}"] = (
             f"{stage.module or 'whole'}/{part}: {recipe.epochs} epochs, {recipe.optimiser} {recipe.learning_rate} {recipe.schedule}, "
-            f"batch {recipe.batch_size}, {attack}, clean weight {recipe.clean_weight}, {recipe.precision}"
+            f"batch {recipe.batch_size}, {attack}, clean weight {recipe.clean_weight}, {training.precision(recipe, device)}"
         )
     return lines
 

@@ -159,6 +159,11 @@ def behaviour_hash(module: nn.Module, dataset: Dataset) -> str:
     return hashlib.sha256((logits.round(decimals=6) + 0.0).numpy().tobytes()).hexdigest()
 
 
+def precision(recipe: Recipe, device: str) -> Literal["float32", "bfloat16"]:
+    """Return what a recipe trains in on a device: bfloat16 where the recipe asks for it and the hardware has it."""
+    return "bfloat16" if recipe.precision == "bfloat16" and native_bfloat16(device) else "float32"
+
+
 def native_bfloat16(device: str) -> bool:
     """Return whether the device multiplies bfloat16 natively."""
     if torch.device(device).type == "cuda":
@@ -177,7 +182,7 @@ def _memory_format(module: nn.Module, device: str) -> torch.memory_format:
 
 def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, progress: Progress) -> None:
     recipe = stage.recipe
-    half = recipe.precision == "bfloat16" and native_bfloat16(device)
+    half = precision(recipe, device) == "bfloat16"
     identity = json.dumps(
         {
             "version": VERSION,

@@ -8,6 +8,7 @@ standard deviation 0.2, contrast from 0.7 to 1.5, one draw.
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -66,23 +67,23 @@ def _one_resolution(x: Tensor, draw: Draw, resolution: int, variant: str, stream
     contrast = colour if variant == "as_published" else level("contrast", 0.7, 1.5)
     luma = (x * x.new_tensor([0.2989, 0.587, 0.114]).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
     out = (contrast * x + (1 - contrast) * luma.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
-    out = _rolled(out, noise.integers(draw, f"{stream}/shift", -3, 4, (2,)))
     out = colour * out + (1 - colour) * out.mean(1, keepdim=True)
+    down, shift = _resizing(side, resolution).to(x), noise.integers(draw, f"{stream}/shift", -3, 4, (2,))
+    # The cyclic shift moves the matrix's columns instead of the image's pixels.
+    pixels = torch.arange(side, device=x.device)
+    rows, columns = (down.T[(pixels + shift[:, axis, None]) % side][:, None] for axis in range(2))
+    out = perturb(rows.mT @ out @ columns, "low")
     if resolution != side:
-        out = functional.interpolate(out, size=(resolution, resolution), mode="bicubic")
-    out = perturb(out, "low")
-    if resolution != side:
-        out = functional.interpolate(out, size=(side, side), mode="bicubic")
+        up = _resizing(resolution, side).to(x)
+        out = up @ out @ up.T
     return perturb(out, "high").clamp(0, 1)
 
 
-def _rolled(x: Tensor, shift: Tensor) -> Tensor:
-    """Roll each image (B, C, S, S) cyclically by its own (rows, columns), int64 (B, 2)."""
-    side = torch.arange(x.shape[-1], device=x.device)
-    rows = (side[None] - shift[:, :1]) % x.shape[-1]
-    columns = (side[None] - shift[:, 1:]) % x.shape[-1]
-    x = x.gather(2, rows[:, None, :, None].expand_as(x))
-    return x.gather(3, columns[:, None, None, :].expand_as(x))
+@cache
+def _resizing(side: int, to: int) -> Tensor:
+    """Return the matrix (to, side) of bicubic interpolation along one axis, without antialiasing, in float64."""
+    identity = torch.eye(side, dtype=torch.float64)[None, None]
+    return functional.interpolate(identity, size=(to, side), mode="bicubic")[0, 0]
 
 
 class MultiResolution(Defense):
