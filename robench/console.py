@@ -76,6 +76,7 @@ def outcome(r: Record) -> list[tuple[str, str]]:
         readings = (("mean", score.mean), ("majority vote", score.majority), ("worst", score.worst))
         facts += [(f"  {name} of {score.draws} draws", _share(share)) for name, share in readings]
     facts += [(f"  control, {name}", f"{100 * value:.1f} %") for name, value in r.controls.items()]
+    facts += [(f"  first fooled by {name}", str(count)) for name, count in r.stages.items()]
     facts.append(("cost per image", f"{r.cost.forwards:,.1f} forwards, {r.cost.backwards:,.1f} backwards at the members"))
     facts.append(("time", f"{r.timing.seconds:,.1f} s on {r.provenance.device} ({r.provenance.processor})"))
     return facts + ([("partial", r.partial)] if r.partial else [])

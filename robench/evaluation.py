@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robench import attacks, data, record, targets, zoo
-from robench.attacks import Attack
+from robench.attacks import Attack, Found
 from robench.cost import Cost, counted
 from robench.data import Dataset, as_float
 from robench.defense import Defense
@@ -69,13 +69,17 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The outcome of some consecutive examples: predictions (draws, B) on clean and adversarial images, cost and seconds."""
+    """The outcome of some consecutive examples: predictions (draws, B) on clean and adversarial images, cost and seconds.
+
+    `stages` tells how many of them each stage of the attack was the first to fool.
+    """
 
     clean: list[list[int]]
     robust: list[list[int]]
     forwards: int
     backwards: int
     seconds: float
+    stages: dict[str, int] = field(default_factory=dict)
 
 
 def measure(
@@ -185,27 +189,30 @@ def _attack_chunk(
     x, y = as_float(dataset.images[start:stop]).to(device), dataset.labels[start:stop].to(device)
     examples = torch.arange(start, stop, device=device)
     with counted(defense) as cost:
-        x_adv = _adversarial(defense, x, y, threat, attack, examples, seed, precision)
+        found = _adversarial(defense, x, y, threat, attack, examples, seed, precision)
+    x_adv = found.x_adv
     if (problem := threat.violation(x_adv, x)) is not None:
         raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
     clean, robust = predictions(defense, x, examples, seed), predictions(defense, x_adv, examples, seed)
-    return _Chunk(clean.tolist(), robust.tolist(), cost.forwards, cost.backwards, time.monotonic() - started)
+    return _Chunk(clean.tolist(), robust.tolist(), cost.forwards, cost.backwards, time.monotonic() - started,
+                  {name: int(first.sum()) for name, first in found.stages.items()})  # fmt: skip
 
 
 def _adversarial(
     defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, attack: Attack, examples: Tensor, seed: int, precision: str
-) -> Tensor:
+) -> Found:
     """Attack in the given precision; what fools the defense only in reduced precision is attacked again in float32."""
     if precision == "float32":
-        return attack(defense, x, y, threat, examples=examples, seed=seed)
+        return attack.run(defense, x, y, threat, examples=examples, seed=seed)
     with torch.autocast(x.device.type, torch.bfloat16):
-        x_adv = attack(defense, x, y, threat, examples=examples, seed=seed).float()
+        found = attack.run(defense, x, y, threat, examples=examples, seed=seed)
+        x_adv = found.x_adv.float()
         claimed = predictions(defense, x_adv, examples, seed)[0] != y
     if not defense.random:
         again = claimed & (predictions(defense, x_adv, examples, seed)[0] == y)
         if bool(again.any()):
             x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
-    return x_adv
+    return Found(x_adv, found.stages)
 
 
 @torch.no_grad()
@@ -288,6 +295,7 @@ def _record(
         clean_accuracy=record.Proportion.of(clean_estimate),
         robust_accuracy=record.Proportion.of(robust_estimate),
         cost=record.CostPerImage(forwards=total.forwards / n, backwards=total.backwards / n),
+        stages={name: sum(c.stages[name] for c in chunks) for name in chunks[0].stages},
         outcomes=record.Outcomes(clean=clean.mean(0).tolist(), robust=robust.mean(0).tolist()),
         random_score=_random_score(robust, robust_classes, labels, len(dataset.classes)) if defense.random else None,
         controls=controls,

@@ -152,7 +152,10 @@ class Timing(_Model):
 
 
 class Record(_Model):
-    """One measurement: a defense under an attack. Its accuracies must be those of its outcomes."""
+    """One measurement: a defense under an attack. Its accuracies must be those of its outcomes.
+
+    `stages` tells, for an attack of several stages, how many examples each was the first to fool, in the order run.
+    """
 
     schema_version: Literal[1] = 1
     defense: DefenseInfo
@@ -165,6 +168,7 @@ class Record(_Model):
     robust_accuracy: Proportion
     cost: CostPerImage
     outcomes: Outcomes
+    stages: dict[str, Count] = Field(default_factory=dict)
     random_score: RandomScore | None = None
     controls: dict[str, float] = Field(default_factory=dict)
     training: dict[str, Value] | None = None

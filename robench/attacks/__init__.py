@@ -3,7 +3,7 @@
 from robench.attacks import apgd as _apgd  # noqa: F401  (registers)
 from robench.attacks import autoattack as _autoattack  # noqa: F401
 from robench.attacks import pgd as _pgd  # noqa: F401
-from robench.attacks.registry import Attack, RegisteredAttack, parse, register, registered
+from robench.attacks.registry import Attack, Found, RegisteredAttack, parse, register, registered
 from robench.attacks.transfer import mean_surrogate, transfer
 
-__all__ = ["Attack", "RegisteredAttack", "mean_surrogate", "parse", "register", "registered", "transfer"]
+__all__ = ["Attack", "Found", "RegisteredAttack", "mean_surrogate", "parse", "register", "registered", "transfer"]

@@ -11,9 +11,24 @@ from robench.errors import UserError, nearest
 from robench.parameters import Value, keyword_parameters, read_settings
 from robench.threat import ThreatModel
 
-AttackFunction = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class Found:
+    """What an attack of several stages found.
+
+    Attributes:
+        x_adv: adversarial images (B, C, H, W).
+        stages: by stage, in the order run, bool (B,): the examples that it was the first to fool.
+    """
+
+    x_adv: Tensor
+    stages: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+AttackFunction = Callable[..., Tensor | Found]
 """What every attack is: a pure function ``(defense, x, y, threat, *, examples, seed, ...) -> x_adv`` that returns one
-adversarial image for each image, inside the threat model. Its further keyword parameters are its own."""
+adversarial image for each image, inside the threat model, or `Found` where it has stages to tell of. Its further keyword
+parameters are its own."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,12 @@ class Attack:
             examples: int64 (B,) identities of the examples; all randomness comes from them and `seed`.
             seed: the attack's seed.
         """
-        return self.function(defense, x, y, threat, examples=examples, seed=seed, **self.parameters)
+        return self.run(defense, x, y, threat, examples=examples, seed=seed).x_adv
+
+    def run(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int) -> Found:
+        """Return the adversarial images and what each stage of the attack found; the arguments are those of a call."""
+        found = self.function(defense, x, y, threat, examples=examples, seed=seed, **self.parameters)
+        return Found(found) if isinstance(found, Tensor) else found
 
 
 F = TypeVar("F", bound=AttackFunction)

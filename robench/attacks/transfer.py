@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robench.aggregate import mean_of_logits
 from robench.attacks.pgd import best_of, default_step_size, path, pgd, sign_update
-from robench.attacks.registry import Attack, register
+from robench.attacks.registry import Attack, Found, register
 from robench.defense import Defense
 from robench.noise import Draw
 from robench.threat import ThreatModel
@@ -49,7 +49,7 @@ def transfer(surrogate: Defense, attack: Attack) -> Attack:
     Its parameters are the attack's own and `surrogate`, the kind of the surrogate.
     """
 
-    def attack_surrogate(_defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, **settings: Any) -> Tensor:
+    def attack_surrogate(_defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, **settings: Any) -> Tensor | Found:
         own = {key: value for key, value in settings.items() if key != "surrogate"}
         return attack.function(surrogate, x, y, threat, **own)
 
