@@ -1,7 +1,9 @@
 """Attacks by name: pure functions ``(defense, x, y, threat, *, examples, seed, ...) -> x_adv``, one paper per file."""
 
-from robench.attacks import apgd as _apgd  # noqa: F401  (registers)
+from robench.attacks import adaptive as _adaptive  # noqa: F401  (registers)
+from robench.attacks import apgd as _apgd  # noqa: F401
 from robench.attacks import autoattack as _autoattack  # noqa: F401
+from robench.attacks import fast as _fast  # noqa: F401
 from robench.attacks import pgd as _pgd  # noqa: F401
 from robench.attacks.registry import Attack, Found, RegisteredAttack, parse, register, registered
 from robench.attacks.transfer import mean_surrogate, transfer

@@ -11,7 +11,7 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from robench.attacks.objective import Objective, draw_numbers, evaluate_point, mean_logits
+from robench.attacks.objective import Guide, Objective, draw_numbers, evaluate_point, mean_logits
 from robench.attacks.registry import register
 from robench.attacks.steps import steepest
 from robench.defense import Defense
@@ -45,7 +45,7 @@ def apgd_ce(
     Args beyond every attack's: `draws`, the noise draws averaged at each step for a random defense (EOT), and `rho`, the
     share of the steps between two checkpoints that must raise the loss for the step size to stay (Linf and L2).
     """
-    plan = _Plan(lambda logits, y, _target: cross_entropy(logits, y), cross_entropy, steps, restarts, draws, rho, targets=1)
+    plan = Plan(lambda logits, y, _target: cross_entropy(logits, y), cross_entropy, steps, restarts, draws, rho, targets=1)
     return _apgd(plan, defense, x, y, threat, examples, seed)
 
 
@@ -68,7 +68,7 @@ def apgd_dlr(
     Raises:
         UserError: with fewer than 3 classes.
     """
-    plan = _Plan(lambda logits, y, _target: dlr(logits, y), dlr, steps, restarts, draws, rho, targets=1)
+    plan = Plan(lambda logits, y, _target: dlr(logits, y), dlr, steps, restarts, draws, rho, targets=1)
     return _apgd(plan, defense, x, y, threat, examples, seed)
 
 
@@ -97,12 +97,25 @@ def apgd_t(
     Raises:
         UserError: with fewer than 4 classes.
     """
-    return _apgd(_Plan(targeted_dlr, margin, steps, restarts, draws, rho, targets), defense, x, y, threat, examples, seed)
+    return _apgd(Plan(targeted_dlr, margin, steps, restarts, draws, rho, targets), defense, x, y, threat, examples, seed)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is ascended (`loss`), what compares the results of several runs (`judge`), and how long."""
+class Plan:
+    """What is ascended, for how long, and what compares the results of several runs.
+
+    Attributes:
+        loss: is ascended.
+        judge: compares the results of several runs.
+        steps: of one run.
+        restarts: runs towards each target.
+        draws: noise draws averaged at each step, for a random defense.
+        rho: see `apgd_ce`.
+        targets: wrong classes, each with runs of its own; 1 for an untargeted loss.
+        guide: what the loss sees in place of the defense's logits.
+        fixed: whether every step takes the same draws.
+        first_step: the first step's size in budgets (Linf and L2); smaller where the start is worth keeping near.
+    """
 
     loss: TargetedLoss
     judge: Loss
@@ -111,10 +124,13 @@ class _Plan:
     draws: int
     rho: float
     targets: int
+    guide: Guide | None = None
+    fixed: bool = False
+    first_step: float = 2.0
 
     def numbers(self, run: int, step: int) -> range:
-        """Return the draws of one step of one run, all different."""
-        return draw_numbers(run * (self.steps + 1) + step, self.draws)
+        """Return the draws of one step of one run: all different, unless they are fixed."""
+        return draw_numbers(run * (self.steps + 1) + step, self.draws, self.fixed)
 
 
 @dataclass
@@ -213,7 +229,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _apgd(plan: _Plan, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int) -> Tensor:
+def _apgd(plan: Plan, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int) -> Tensor:
     """Run APGD towards every target from every restart, on the examples not yet fooled, and keep the best result of each."""
     best, best_loss = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
     if threat.epsilon == 0:
@@ -228,7 +244,7 @@ def _apgd(plan: _Plan, defense: Defense, x: Tensor, y: Tensor, threat: ThreatMod
             break
         labels, names = y[index], examples[index]
         start = threat.random_start(x[index], names, seed, f"start/{rank}/{restart}")
-        x_adv = _run(plan, run, defense, x[index], labels, ranked[index, rank], threat, start, names, seed)
+        x_adv = ascend(plan, run, defense, x[index], labels, ranked[index, rank], threat, start, names, seed)
         point = evaluate_point(
             defense,
             x_adv,
@@ -247,8 +263,8 @@ def _apgd(plan: _Plan, defense: Defense, x: Tensor, y: Tensor, threat: ThreatMod
     return best
 
 
-def _run(
-    plan: _Plan,
+def ascend(
+    plan: Plan,
     run: int,
     defense: Defense,
     x: Tensor,
@@ -275,7 +291,7 @@ def _run(
         gradient_max=start,
         loss_max=zero - torch.inf,
         loss_max_before=zero - torch.inf,
-        step_size=zero + (1 if threat.norm == "L1" else 2) * threat.epsilon,
+        step_size=zero + (1 if threat.norm == "L1" else plan.first_step) * threat.epsilon,
         rises=zero,
         halved=zero.bool(),
         sparsity=zero + 0.2,
@@ -294,6 +310,7 @@ def _run(
             seed=seed,
             numbers=plan.numbers(run, step),
             gradient=step < plan.steps,
+            guide=plan.guide,
         )
         search.see(point.loss, point.gradient)
         if not defense.random and bool(point.fooled.any()):

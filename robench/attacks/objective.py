@@ -13,7 +13,11 @@ from robench.defense import Defense
 from robench.noise import Draw
 
 Objective = Callable[[Tensor], Tensor]
-"""From logits (B, classes) to the loss of each example (B,)."""
+"""From logits (B, classes), or whatever a guide makes of the predictors, to the loss of each example (B,)."""
+
+Guide = Callable[[Tensor], Tensor]
+"""From the predictors' logits (B, N, classes) to what the objective sees in place of the defense's own logits, where an attack
+ascends something else than the defense that it judges its success by."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def evaluate_point(
     seed: int,
     numbers: range,
     gradient: bool = True,
+    guide: Guide | None = None,
 ) -> Point:
     """Evaluate the objective and its gradient at images `x`, averaged over the noise draws of these numbers.
 
@@ -60,6 +65,7 @@ def evaluate_point(
         seed: the attack's seed.
         numbers: which draws.
         gradient: whether the gradient is wanted.
+        guide: what the objective sees; the defense's logits by default. `Point.fooled` is always the defense's own.
     """
     numbers = numbers if defense.random else range(1)
     point = x.detach().requires_grad_(gradient)
@@ -67,10 +73,15 @@ def evaluate_point(
     fooled = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for number in numbers:
         with torch.set_grad_enabled(gradient):
-            logits = defense(point, Draw(seed, examples, number) if defense.random else None)
-            each = objective(logits)
+            draw = Draw(seed, examples, number) if defense.random else None
+            if guide is None:
+                logits = seen = defense(point, draw)
+            else:
+                predictors = defense.predictors(point, draw)
+                logits, seen = defense.aggregate(predictors.detach()), guide(predictors)
+            each = objective(seen)
         if gradient:
-            total += _gradient(each, point)
+            total += image_gradient(each, point)
         loss += each.detach().float()
         fooled &= logits.detach().argmax(1) != y
     return Point(loss / len(numbers), total / len(numbers), fooled)
@@ -84,9 +95,9 @@ def mean_logits(defense: Defense, x: Tensor, *, examples: Tensor, seed: int, num
     return torch.stack(each).mean(0)
 
 
-def _gradient(each: Tensor, point: Tensor) -> Tensor:
-    """Return the gradient of the summed losses; zeros where the loss does not depend differentiably on the image."""
+def image_gradient(each: Tensor, point: Tensor, keep_graph: bool = False) -> Tensor:
+    """Return the gradient of the summed losses (B,) in the images; zeros where they do not depend differentiably on them."""
     if not each.requires_grad:
         return torch.zeros_like(point)
-    (gradient,) = torch.autograd.grad(each.sum(), point, allow_unused=True)
+    (gradient,) = torch.autograd.grad(each.sum(), point, allow_unused=True, retain_graph=keep_graph)
     return torch.zeros_like(point) if gradient is None else gradient.detach()

@@ -1,0 +1,260 @@
+"""The attack built from what the defense tells of itself: the worst case per example over many compositions.
+
+After Tramer et al., "On adaptive attacks to adversarial example defenses", arXiv 2002.08347. A composition ascends by APGD what it
+makes of the predictors' logits, and stops at what fools the defense itself. For CrossMax the mean of the predictors' logits is the
+one that broke it (arXiv 2411.14834, in the form that stays inside the budget of the clean image).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from robench.aggregate import mean_of_logits, mean_of_probabilities
+from robench.attacks.apgd import Plan, TargetedLoss, ascend
+from robench.attacks.objective import Guide, evaluate_point
+from robench.attacks.registry import Found, register
+from robench.attacks.square import square
+from robench.attacks.views import Smoothed, StraightThrough
+from robench.defense import Defense
+from robench.errors import UserError
+from robench.losses import cross_entropy, margin
+from robench.noise import Draw
+from robench.threat import ThreatModel
+
+JUDGING = range(2**30, 2**30 + 10)
+"""Draws that judge a random defense's images; no ascent takes them."""
+SMOOTHING = 0.25
+"""Deviation of the noise that smooths a shattered gradient, as a share of what the budget allows each value if spread evenly."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """One way to attack.
+
+    Attributes:
+        name: what the record calls it.
+        loss: is ascended, on what the guide shows.
+        guide: what is made of the predictors' logits; None for the defense's own logits.
+        targets: wrong classes, an ascent towards each; 1 where the loss has no target.
+        fixed: whether a random defense's draws stay the same at every step.
+        view: what is differentiated in the defense's place.
+        onward: starts from the best image so far, instead of a random one.
+        applies: says for which examples (B,) it is worth its passes; all by default.
+    """
+
+    name: str
+    loss: TargetedLoss
+    guide: Guide | None = None
+    targets: int = 1
+    fixed: bool = False
+    view: Callable[[Defense], Defense] = lambda defense: defense
+    onward: bool = False
+    applies: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+@register("adaptive", version=1, paper="arXiv 2002.08347")
+def adaptive(
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int = 100,
+    draws: int = 16,
+    targets: int = 3,
+    queries: int = 1000,
+) -> Found:
+    """Attack through the prediction, its surrogates, its members and its gradient-free end, and keep the worst of each example.
+
+    An example is done when it is misclassified: on all of ten judging draws for a random defense, of which otherwise the image
+    misclassified on most draws is kept. `Found.stages` counts the examples that a composition was the first to finish; for a random
+    defense those whose kept image is the composition's.
+
+    Args beyond every attack's: `steps` of each ascent, `draws` averaged at each step (of a random or a smoothed defense), `targets`,
+    the most likely wrong classes that are aimed at, and `queries` of the Square attack at the end.
+    """
+    if threat.epsilon == 0 or not len(x):
+        return Found(x.clone())
+    best, run, values = _Best(defense, x, y, examples, seed), count(), x[0].numel()
+    if best.classes < 2:
+        raise UserError("an attack needs at least 2 classes, and this defense has 1")
+    deviation = SMOOTHING * threat.epsilon / {"Linf": 1, "L2": values**0.5, "L1": values}[threat.norm]
+    for composition in compositions(defense, best.predictors, min(targets, best.classes - 1), threat, deviation, seed):
+        _run(composition, next(run) * max(targets, 1), defense, x, threat, best, seed, steps, draws)
+    index = best.pending.nonzero()[:, 0]
+    if queries and len(index):
+        best.see("square", index, square(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=queries))
+    best.stages.setdefault("square", torch.zeros_like(best.pending))
+    return Found(best.x_adv, best.stages)
+
+
+def _run(
+    composition: Composition, run: int, defense: Defense, x: Tensor, threat: ThreatModel, best: "_Best", seed: int, steps: int, draws: int
+) -> None:
+    """Ascend by one composition, towards each of its targets, on the examples that are not done and that it applies to."""
+    held, before, y, examples = best.pending.clone(), best.x_adv.clone(), best.y, best.examples
+    if composition.applies is not None and bool(held.any()):
+        held[best.pending] = composition.applies(x[held], y[held], examples[held])
+    plan = Plan(composition.loss, margin, steps, 1, draws, 0.75, 1, composition.guide, composition.fixed)
+    for rank in range(composition.targets):
+        index = (held & best.pending).nonzero()[:, 0]
+        if len(index):
+            start = before[index]
+            if not composition.onward:
+                start = threat.random_start(x[index], examples[index], seed, f"start/{composition.name}/{rank}")
+            view, goal = composition.view(defense), best.ranked[index, rank]
+            x_adv = ascend(plan, run + rank, view, x[index], y[index], goal, threat, start, examples[index], seed)
+            best.see(composition.name, index, x_adv)
+    best.stages.setdefault(composition.name, torch.zeros_like(best.pending))
+
+
+class _Best:
+    """The best image of each example so far, how good it is, and whose it is."""
+
+    def __init__(self, defense: Defense, x: Tensor, y: Tensor, examples: Tensor, seed: int) -> None:
+        self.defense, self.y, self.examples, self.seed = defense, y, examples, seed
+        self.x_adv = x.clone()
+        self.stages: dict[str, Tensor] = {}
+        self.share, self.score, shown = self._judge(torch.arange(len(x), device=x.device), x)
+        self.predictors, self.classes = shown.shape[1:]
+        self.ranked = shown.mean(1).scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
+
+    @property
+    def pending(self) -> Tensor:
+        """Which examples are not yet misclassified on every judging draw: bool (B,)."""
+        return self.share < 1
+
+    def see(self, name: str, index: Tensor, x_adv: Tensor) -> None:
+        """Keep what is better than before among images of the examples `index`."""
+        share, score, _ = self._judge(index, x_adv)
+        better = score > self.score[index]
+        chosen = index[better]
+        self.x_adv[chosen], self.share[chosen], self.score[chosen] = x_adv[better], share[better], score[better]
+        for marks in self.stages.values():
+            marks[chosen] = False
+        marks = self.stages.setdefault(name, torch.zeros_like(self.pending))
+        marks[chosen] = (share[better] == 1) | self.defense.random
+
+    @torch.no_grad()
+    def _judge(self, index: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the share of judging draws that misclassify (B,), the same with the margin to break ties, and the predictors'
+        log-probabilities (B, N, classes), summed over the draws.
+        """
+        share, tie, shown = 0.0 * self.y[index], 0.0 * self.y[index], torch.zeros(1, device=x.device)
+        numbers = JUDGING if self.defense.random else range(1)
+        for number in numbers:
+            draw = Draw(self.seed, self.examples[index], number) if self.defense.random else None
+            predictors = self.defense.predictors(x, draw).float()
+            logits = self.defense.aggregate(predictors).float()
+            share += (logits.argmax(1) != self.y[index]) / len(numbers)
+            tie += torch.sigmoid(margin(logits, self.y[index]) / _spread(logits)[:, 0]) / len(numbers)
+            shown = shown + predictors.log_softmax(-1)
+        # Rounding must not leave the share of all draws below 1.
+        share = (share * len(numbers)).round() / len(numbers)
+        return share, share + tie / (2 * len(numbers)), shown
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Return the standard deviation over the classes, so that scales do not matter: (..., C) -> (..., 1), without gradient."""
+    return logits.detach().std(-1, correction=0, keepdim=True).clamp(min=1e-12)
+
+
+def _towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return by how much, in spreads, the target's logit passes the label's: (B, C) -> (B,)."""
+    gain = logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])
+    return (gain / _spread(logits))[:, 0]
+
+
+def _all_towards(predictors: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over the predictors (B, N, C) of `_towards`, where one that is won over counts no further: (B,)."""
+    count = predictors.shape[1]
+    each = _towards(predictors.flatten(0, 1), y.repeat_interleave(count), target.repeat_interleave(count))
+    return each.reshape(-1, count).clamp(max=1).mean(1)
+
+
+def _members_margins(predictors: Tensor, y: Tensor, _target: Tensor) -> Tensor:
+    """Return the logistic loss of the predictors' margins, which weighs those that still stand (as MORA does, arXiv 2211.08008)."""
+    count = predictors.shape[1]
+    flat = predictors.flatten(0, 1)
+    margins = margin(flat, y.repeat_interleave(count)) / _spread(flat)[:, 0]
+    return -functional.softplus(-4 * margins).reshape(-1, count).mean(1)
+
+
+def _ce(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), y)
+
+
+def _margin(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
+    return margin(logits, y) / _spread(logits)[:, 0]
+
+
+def _member(number: int) -> Guide:
+    return lambda predictors: predictors[:, number]
+
+
+def compositions(defense: Defense, predictors: int, towards: int, threat: ThreatModel, deviation: float, seed: int) -> list[Composition]:
+    """Return the compositions in the order they are run, the likeliest to break the defense first.
+
+    Args:
+        defense: the defense.
+        predictors: how many it has.
+        towards: how many wrong classes are aimed at.
+        threat: the threat model.
+        deviation: of the noise that smooths a shattered gradient, in units of the pixel range.
+        seed: the attack's seed.
+    """
+    direct = [Composition("prediction", _ce), Composition("prediction towards targets", _towards, targets=towards)]
+    structure = [
+        Composition("mean of logits", _ce, mean_of_logits, applies=partial(_is_no_mean, defense, seed)),
+        Composition("mean of probabilities", _ce, mean_of_probabilities),
+        Composition("members' margins", _members_margins, lambda shown: shown),
+        Composition("all members towards targets", _all_towards, lambda shown: shown, targets=towards),
+        *(Composition(f"member {number + 1}", _ce, _member(number)) for number in range(predictors)),
+    ] if predictors > 1 else []  # fmt: skip
+    frozen = [Composition("mean of logits, fixed noise", _ce, mean_of_logits, fixed=True)] if defense.random else []
+    flat = partial(_has_flat_steps, defense, seed)
+    straight = [Composition("straight-through prediction", _margin, view=StraightThrough, applies=flat)]
+    if predictors > 1:
+        straight.append(Composition("straight-through mean of logits", _margin, mean_of_logits, view=StraightThrough, applies=flat))
+    shattered = partial(_is_shattered, defense, threat, seed)
+    smooth = Composition("smoothed prediction", _margin, view=lambda d: Smoothed(d, deviation), applies=shattered)
+    onward = Composition("onward from the best", _margin, onward=True)
+    first = structure[:1] + frozen + direct + structure[1:] if defense.random else direct + structure
+    return [*first, *straight, smooth, onward]
+
+
+def _gradient(defense: Defense, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:
+    """Return the gradient of the margin in the image, flattened to (B, D), on one draw."""
+    point = evaluate_point(defense, x, y, lambda logits: margin(logits, y), examples=examples, seed=seed, numbers=range(1))
+    return point.gradient.flatten(1)
+
+
+@torch.no_grad()
+def _is_no_mean(defense: Defense, seed: int, x: Tensor, _y: Tensor, examples: Tensor) -> Tensor:
+    """Say where the prediction is another than the mean of the predictors' logits, whose ascent would be the prediction's own."""
+    predictors = defense.predictors(x, Draw(seed, examples) if defense.random else None)
+    pair = [logits.float().log_softmax(-1) for logits in (defense.aggregate(predictors), mean_of_logits(predictors))]
+    return ((pair[0] - pair[1]).abs() > 1e-3).any(-1)
+
+
+def _has_flat_steps(defense: Defense, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:
+    """Say where the gradient is another when steps without gradient are given the identity's."""
+    own, through = (_gradient(view, seed, x, y, examples) for view in (defense, StraightThrough(defense)))
+    return (through - own).norm(dim=1) > 1e-3 * through.norm(dim=1)
+
+
+def _is_shattered(defense: Defense, threat: ThreatModel, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:
+    """Say where the gradient of a deterministic defense turns away within a hundredth of the budget."""
+    if defense.random:
+        return torch.zeros_like(y, dtype=torch.bool)
+    near = threat.scaled(Fraction(1, 100)).random_start(x, examples, seed, "shattered")
+    here, there = (functional.normalize(_gradient(defense, seed, at, y, examples), eps=1e-30) for at in (x, near))
+    return (here * there).sum(1) < 0.5 * here.norm(dim=1)

@@ -1,0 +1,205 @@
+"""An attack for every day: margin losses, and passes spent only on the examples and target classes that still can fall.
+
+After the ideas of Croce and Hein (targets, arXiv 2003.01690), Gao et al. (few targets by minimum margin, arXiv 2206.07314) and Liu
+et al. (budget by difficulty, arXiv 2203.05154). An example's *reach* is the margin that is left to gain over what was gained
+from the clean image so far: where that is large, more steps do not help, and where it is small, they are worth spending.
+"""
+
+import torch
+from torch import Tensor
+
+from robench.aggregate import mean_of_logits
+from robench.attacks.apgd import Plan, ascend
+from robench.attacks.objective import Guide, evaluate_point, image_gradient
+from robench.attacks.registry import Found, register
+from robench.attacks.square import square
+from robench.defense import Defense
+from robench.errors import UserError
+from robench.losses import margin
+from robench.noise import Draw
+from robench.threat import ThreatModel
+
+TIERS = ((1.0, 1, 10), (0.4, 2, 15), (0.15, 9, 20))
+"""Which examples are attacked towards how many targets with how many steps: the last tier whose reach is not exceeded counts."""
+ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
+"""Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
+STAGES = ("margin", "mean of logits", "targets", "onward", "square")
+JUDGING = range(2**30, 2**30 + 10)
+"""Draws that judge a random defense's images; no ascent takes them."""
+DUAL = {"Linf": 1.0, "L2": 2.0, "L1": float("inf")}
+MASKED = 0.1
+"""Where an ascent gains less than this share of what the clean image's gradient promises, that is taken to be masked."""
+
+
+@register("fast", version=1, paper="arXiv 2003.01690, 2206.07314, 2203.05154")
+def fast(
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int = 20,
+    draws: int = 4,
+    queries: int = 300,
+) -> Found:
+    """Attack with about a thirtieth of AutoAttack's passes; the robust accuracy is an upper bound as that of any attack.
+
+    First `steps` on the margin of the prediction (and, where predictors are combined by anything but their mean, of the mean of
+    their logits); then towards target classes in the order of their estimated distance, for the examples within reach; then
+    onward from the best image, for those in close reach. Where the gradient leads nowhere, Square spends `queries`. A random
+    defense is attacked on all examples with `draws` at each step, of which only the first stage and one onward make sense.
+
+    Args beyond every attack's: `steps`, `draws`, `queries`.
+
+    Raises:
+        UserError: with fewer than 2 classes.
+    """
+    if threat.epsilon == 0 or not len(x):
+        return Found(x.clone())
+    search = _Search(defense, x, y, threat, examples, seed, draws)
+    if search.classes < 2:
+        raise UserError("an attack needs at least 2 classes, and this defense has 1")
+    search.ascend("margin", search.standing if not defense.random else ~search.combined, steps)
+    search.ascend("mean of logits", search.standing & search.combined, steps, guide=mean_of_logits)
+    if defense.random:
+        search.ascend("onward", ~search.combined, 2 * steps, onward=0.5)
+        search.ascend("onward", search.combined, 2 * steps, guide=mean_of_logits, onward=0.5)
+        return search.found()
+    masked = search.gains_less_than(MASKED)
+    order = search.nearest_targets(search.standing & ~masked & (search.reach < TIERS[0][0]))
+    for rank in range(order.shape[1]):
+        for (reach, targets, length), (closer, *_) in zip(TIERS, (*TIERS[1:], (-1.0,)), strict=True):
+            if rank < targets:
+                within = search.standing & ~masked & (search.reach < reach) & (search.reach >= closer)
+                search.ascend("targets", within, length, target=order[:, rank])
+    for reach, length, first_step in ONWARD:
+        search.ascend("onward", search.standing & (search.reach < reach), length, target=search.goal, onward=first_step)
+    index = (search.standing & masked).nonzero()[:, 0]
+    if queries and len(index):
+        x_adv = square(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=queries)
+        search.see("square", index, x_adv)
+    return search.found()
+
+
+class _Search:
+    """What is known of each example: its best image, the margin there, and the target class that came nearest.
+
+    Attributes:
+        combined: bool (B,), where the prediction is another than the mean of the predictors' logits.
+        goal: int64 (B,), the class nearest to the prediction at the best image.
+    """
+
+    def __init__(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int, draws: int) -> None:
+        self.defense, self.x, self.y, self.threat = defense, x, y, threat
+        self.examples, self.seed, self.draws = examples, seed, draws
+        self.best, self.runs = x.clone(), 0
+        self.stages = {name: torch.zeros_like(y, dtype=torch.bool) for name in STAGES}
+        mean, self.logits = self._logits(x, examples)
+        self.classes = self.logits.shape[1]
+        self.combined = ((self.logits.log_softmax(1) - mean.log_softmax(1)).abs() > 1e-3).any(1)
+        self.clean_margin = self.margin = margin(self.logits, y)
+        self.goal = self._runner_up(self.logits, y)
+        self.fooled = torch.zeros_like(self.combined) if defense.random else self.logits.argmax(1) != y
+
+    @property
+    def standing(self) -> Tensor:
+        """Which examples are not fooled yet; a random defense's all are, since one draw is luck: bool (B,)."""
+        return ~self.fooled
+
+    @property
+    def reach(self) -> Tensor:
+        """The margin left to gain over the margin gained so far: (B,)."""
+        return -self.margin / (self.margin - self.clean_margin).clamp(min=1e-12)
+
+    def found(self) -> Found:
+        """Return the best images, and which stage was the first to fool each."""
+        return Found(self.best, self.stages)
+
+    @torch.no_grad()
+    def _logits(self, x: Tensor, examples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of the predictors' logits and the defense's own (B, classes), over `JUDGING` draws if it is random."""
+        drawn = [Draw(self.seed, examples, number) for number in JUDGING] if self.defense.random else [None]
+        predictors = [self.defense.predictors(x, draw).float() for draw in drawn]
+        means, own = ([combine(p) for p in predictors] for combine in (mean_of_logits, self.defense.aggregate))
+        return torch.stack(means).mean(0), torch.stack(own).float().mean(0)
+
+    @staticmethod
+    def _runner_up(logits: Tensor, y: Tensor) -> Tensor:
+        return logits.scatter(1, y[:, None], -torch.inf).argmax(1)
+
+    def ascend(
+        self, name: str, held: Tensor, steps: int, *, target: Tensor | None = None, guide: Guide | None = None, onward: float | None = None
+    ) -> None:
+        """Ascend for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first step."""
+        self.runs += 1
+        index = held.nonzero()[:, 0]
+        if not len(index):
+            return
+        x, y, examples = self.x[index], self.y[index], self.examples[index]
+        loss = _untargeted if target is None else _targeted
+        plan = Plan(loss, margin, steps, 1, self.draws, 0.75, 1, guide, first_step=2.0 if onward is None else onward)
+        start = self.best[index] if onward is not None else self.threat.random_start(x, examples, self.seed, f"start/fast/{self.runs}")
+        goal = (self.goal if target is None else target)[index]
+        # A run's number keeps its draws apart from those of every shorter or longer run.
+        x_adv = ascend(plan, 1000 * self.runs, self.defense, x, y, goal, self.threat, start, examples, self.seed)
+        self.see(name, index, x_adv)
+
+    def see(self, name: str, index: Tensor, x_adv: Tensor) -> None:
+        """Keep those of the images of the examples `index` that are better than before."""
+        logits = self._logits(x_adv, self.examples[index])[1]
+        reached, fooled = margin(logits, self.y[index]), logits.argmax(1) != self.y[index]
+        better = reached > self.margin[index]
+        if not self.defense.random:
+            better |= fooled
+        kept = index[better]
+        self.best[kept], self.goal[kept] = x_adv[better], self._runner_up(logits, self.y[index])[better]
+        self.margin = self.margin.index_copy(0, kept, reached[better])
+        if not self.defense.random:
+            self.fooled[index[fooled]] = True
+        self.stages[name][index[fooled & better]] = True
+
+    def gains_less_than(self, share: float) -> Tensor:
+        """Say which standing examples gained less than a share of the budget times the clean gradient's dual norm: bool (B,)."""
+        less, index = torch.zeros_like(self.fooled), self.standing.nonzero()[:, 0]
+        if len(index):
+            y = self.y[index]
+            point = evaluate_point(
+                self.defense, self.x[index], y, lambda logits: margin(logits, y),
+                examples=self.examples[index], seed=self.seed, numbers=range(1),
+            )  # fmt: skip
+            promised = self.threat.epsilon * point.gradient.flatten(1).norm(p=DUAL[self.threat.norm], dim=1)
+            less[index] = (self.margin - self.clean_margin)[index] <= share * promised
+        return less
+
+    def nearest_targets(self, held: Tensor) -> Tensor:
+        """Return up to 9 wrong classes (B, T), the nearest first by the linearised distance at the best image.
+
+        The distance is the difference of logits over the dual norm of its gradient, as in FAB (arXiv 1907.02044, equation 7);
+        where `held` is false, the order is that of the clean logits.
+        """
+        count = min(TIERS[-1][1], self.classes - 1)
+        order = self.logits.scatter(1, self.y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
+        index = held.nonzero()[:, 0]
+        if self.defense.random or not len(index):
+            return order
+        point, y = self.best[index].clone().requires_grad_(), self.y[index]
+        logits = self.defense(point).float()
+        distances = []
+        for rank in range(count):
+            gap = _targeted(logits, y, order[index, rank])
+            gradient = image_gradient(gap, point, keep_graph=rank + 1 < count)
+            dual = gradient.flatten(1).norm(p=DUAL[self.threat.norm], dim=1)
+            distances.append(-gap.detach() / dual.clamp(min=1e-12))
+        nearest = torch.stack(distances, dim=1).argsort(dim=1, stable=True)
+        order[index] = order[index].gather(1, nearest)
+        return order
+
+
+def _targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+
+
+def _untargeted(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
+    return margin(logits, y)

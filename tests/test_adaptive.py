@@ -1,0 +1,237 @@
+"""`adaptive` and `fast` on defenses that hide their gradient each in its own way, and the views they differentiate."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robench import attacks, losses
+from robench.aggregate import crossmax, majority_vote, mean_of_logits
+from robench.attacks.views import Smoothed, StraightThrough
+from robench.cost import counted
+from robench.defense import Defense, Ensemble, as_defense
+from robench.errors import UserError
+from robench.noise import Draw, normal, uniform
+from robench.threat import ThreatModel
+
+CLASSES = 5
+SHAPE = (3, 6, 6)
+THREAT = ThreatModel.parse("Linf:0.15")
+IDS = torch.arange(12)
+
+
+class Network(nn.Module):
+    """Two layers with fixed weights, that every attack with a gradient fools within `THREAT`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        draw, size = Draw(3, torch.tensor([0]), number), 108
+        self.first = nn.Parameter(2 * normal(draw, "first", (size, 24))[0] / size**0.5)
+        self.second = nn.Parameter(normal(draw, "second", (24, CLASSES))[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh((x - 0.5).flatten(1) @ self.first) @ self.second
+
+
+class Wrapped(nn.Module):
+    """A network on changed images, or with changed logits."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor] = lambda x: x, after: Callable[[Tensor], Tensor] = lambda z: z) -> None:
+        super().__init__()
+        self.network, self.before, self.after = Network(0), before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.network(self.before(x)))
+
+
+class Ripples(nn.Module):
+    """A network whose logits carry a ripple of small height that turns the gradient within a thousandth of the budget."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Network(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ripple = torch.sin(2e5 * x.flatten(1)[:, : 5 * 21].reshape(len(x), CLASSES, -1)).mean(-1)
+        return self.network(x) + 0.02 * ripple
+
+
+class Noisy(Defense):
+    """Three networks under CrossMax that see the image with noise."""
+
+    random = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList([Network(number) for number in range(3)])
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        assert draw is not None
+        seen = x + 0.2 * normal(draw, "noise", tuple(x.shape[1:]))
+        return torch.stack([network(seen) for network in self.networks], dim=1)
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return crossmax(logits)
+
+    def members(self) -> list[nn.Module]:
+        return list(self.networks)
+
+
+def images() -> Tensor:
+    return uniform(Draw(1, IDS), "images", SHAPE)
+
+
+def predicted(defense: Defense, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return defense(x).argmax(1)
+
+
+def run(name: str, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel = THREAT) -> attacks.Found:
+    return attacks.parse(name).run(defense.eval(), x, y, threat, examples=IDS[: len(x)], seed=0)
+
+
+MASKED: dict[str, Callable[[], nn.Module]] = {
+    "saturated logits": lambda: Wrapped(after=lambda z: 1e4 * z),
+    "rounded logits": lambda: Wrapped(after=lambda z: torch.round(4 * z) / 4),
+    "quantised images": lambda: Wrapped(before=lambda x: torch.round(8 * x) / 8),
+    "detached images": lambda: Wrapped(before=lambda x: x.detach()),
+    "ripples": Ripples,
+    "vote": lambda: Ensemble([Network(number) for number in range(3)], majority_vote),
+    "CrossMax": lambda: Ensemble([Network(number) for number in range(3)], crossmax),
+}
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_adaptive_breaks_what_only_hides_its_gradient(kind: str) -> None:
+    defense, x = as_defense(MASKED[kind]()), images()
+    y = predicted(defense.eval(), x)
+    found = run("adaptive,steps=20,queries=100", defense, x, y)
+    fooled = predicted(defense, found.x_adv) != y
+    assert THREAT.violation(found.x_adv, x) is None
+    assert fooled.sum() >= 11
+    # Each example is counted where it fell, and nowhere else.
+    assert torch.equal(torch.stack(list(found.stages.values())).sum(0), fooled.long())
+
+
+@pytest.mark.parametrize(("kind", "stage"), [
+    ("vote", "mean of logits"), ("quantised images", "straight-through prediction"), ("detached images", "straight-through prediction"),
+    ("ripples", "smoothed prediction"),
+])  # fmt: skip
+def test_the_composition_made_for_a_mask_is_what_breaks_it(kind: str, stage: str) -> None:
+    """Those before it leave something standing, or it would not have been needed."""
+    defense, x = as_defense(MASKED[kind]()), images()
+    found = run("adaptive,steps=20,queries=1", defense, x, predicted(defense.eval(), x), ThreatModel.parse("Linf:0.06"))
+    assert int(found.stages[stage].sum()) > 0
+
+
+def test_an_honest_model_pays_for_no_view_it_does_not_need() -> None:
+    defense, x = as_defense(Network(0)), images()
+    found = run("adaptive,steps=5,queries=1", defense, x, predicted(defense.eval(), x), ThreatModel.parse("Linf:0.001"))
+    with counted(defense) as cost:
+        run("adaptive,steps=5,queries=1", defense, x, predicted(defense, x), ThreatModel.parse("Linf:0.001"))
+    # Prediction, three targets, onward: ascents of 6 forwards and a judgement each; the rest is what decides.
+    assert not any(bool(first.any()) for first in found.stages.values())
+    assert cost.forwards <= len(x) * (1 + 5 * 7 + 4 + 2 + 4)
+    assert cost.backwards <= len(x) * (5 * 5 + 4)
+
+
+def test_a_random_defense_keeps_the_image_that_fails_on_most_draws() -> None:
+    defense, x, judges = Noisy().eval(), images(), range(2**20, 2**20 + 40)
+
+    def failures(at: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([defense(at, Draw(9, IDS, number)).argmax(1) != y for number in judges]).float().mean()
+
+    with torch.no_grad():
+        y = torch.stack([defense(x, Draw(9, IDS, number)) for number in judges]).mean(0).argmax(1)
+    found = run("adaptive,steps=10,draws=3,queries=20", defense, x, y)
+    direct = run("apgd-ce,steps=10,draws=3", defense, x, y)
+    assert failures(found.x_adv) >= failures(direct.x_adv) > failures(x)
+    kept = torch.stack(list(found.stages.values())).sum(0)
+    assert int(kept.max()) == 1
+
+
+@pytest.mark.parametrize("name", ["adaptive", "fast"])
+def test_two_classes_are_enough_and_one_is_refused(name: str) -> None:
+    class First(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.classes = classes
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, : self.classes]
+
+    x = images()
+    defense = as_defense(First(2))
+    y = predicted(defense, x)
+    found = run(f"{name},steps=10", defense, x, y, ThreatModel.parse("Linf:0.5"))
+    assert (predicted(defense, found.x_adv) != y).all()
+    with pytest.raises(UserError, match="at least 2 classes"):
+        run(name, as_defense(First(1)), x, torch.zeros_like(y))
+
+
+def test_fast_spends_little_on_what_cannot_fall() -> None:
+    """Far out of reach: the first ascent and one towards the nearest target, or less."""
+    defense, x = as_defense(Network(0)), images()
+    y = predicted(defense.eval(), x)
+    with counted(defense) as cost:
+        found = run("fast", defense, x, y, ThreatModel.parse("Linf:0.0001"))
+    assert (predicted(defense, found.x_adv) == y).all()
+    assert cost.forwards <= len(x) * (1 + 22 + 1 + 1 + 12)
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_fast_is_no_weaker_than_a_few_steps_on_the_prediction(kind: str) -> None:
+    defense, x = as_defense(MASKED[kind]()), images()
+    y = predicted(defense.eval(), x)
+    standing = [int((predicted(defense, run(name, defense, x, y).x_adv) == y).sum()) for name in ("fast", "pgd-20")]
+    assert standing[0] <= standing[1]
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_a_view_sees_what_the_defense_does(kind: str) -> None:
+    defense, x = as_defense(MASKED[kind]()).eval(), images()
+    view = StraightThrough(defense)
+    with torch.no_grad():
+        assert torch.equal(view(x), defense(x))
+        assert torch.equal(view(x.clone().requires_grad_()), defense(x))
+        assert torch.equal(Smoothed(defense, 0.0)(x, Draw(0, IDS)), defense(x))
+    assert view.members() == defense.members()
+
+
+def test_straight_through_is_the_identitys_gradient_and_ends_with_the_pass() -> None:
+    x = images().requires_grad_()
+    plain, rounded = as_defense(Network(0)), as_defense(Wrapped(before=torch.round))
+    at = torch.round(images()).requires_grad_()
+    (expected,) = torch.autograd.grad(losses.margin(plain(at), predicted(plain, at)).sum(), at)
+    (gradient,) = torch.autograd.grad(losses.margin(StraightThrough(rounded)(x), predicted(rounded, x)).sum(), x)
+    torch.testing.assert_close(gradient, expected)
+    (after,) = torch.autograd.grad(torch.round(x).sum(), x)
+    assert not after.any()
+
+
+def test_smoothing_averages_over_its_draws() -> None:
+    """Of a linear function it leaves the mean as it is, of a quadratic one it adds the variance."""
+
+    class Quadratic(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            flat = x.flatten(1)
+            return torch.stack([flat.mean(1), ((flat - 0.5) ** 2).mean(1)], dim=1)
+
+    defense, x = Smoothed(as_defense(Quadratic()), 0.05), 0.4 + 0.2 * images()
+    mean = torch.stack([defense(x, Draw(0, IDS, number)) for number in range(400)]).mean(0)
+    torch.testing.assert_close(mean - defense.defense(x), torch.tensor([0.0, 0.0025]).expand(12, 2), rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="needs a draw"):
+        defense(x)
+
+
+def test_the_mean_of_logits_is_attacked_only_where_it_is_not_the_prediction() -> None:
+    networks, x = [Network(0), Network(1), Network(2)], images()
+    passes = []
+    for aggregator in (mean_of_logits, crossmax):
+        defense = Ensemble(networks, aggregator)
+        with counted(defense) as cost:
+            run("adaptive,steps=3,queries=1,targets=1", defense, x, predicted(defense.eval(), x), ThreatModel.parse("Linf:0.0001"))
+        passes.append(cost.backwards)
+    assert passes[1] - passes[0] == 3 * 3 * len(x)
