@@ -26,7 +26,7 @@ ADAPTED = {name for name, attack in attacks.registered().items() if attack.funct
 """These take their lengths from the reference implementation, and depend on the batch by its design."""
 OWN = sorted(set(attacks.registered()) - ADAPTED)
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pyautoattack", "pyautoattack-rand")]
-RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "pgd", "pgd-adam"]
+RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "pgd", "pgd-adam", "square"]
 
 every_attack = pytest.mark.parametrize("name", [*OWN, *SLOW])
 own_attacks = pytest.mark.parametrize("name", OWN)
