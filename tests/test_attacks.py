@@ -22,7 +22,7 @@ from robench.threat import ThreatModel
 CLASSES = 5
 QUICK = {"steps": 8, "queries": 40, "draws": 2}
 """Enough to exercise an attack; set where it has the parameter."""
-ADAPTED = {name for name, attack in attacks.registered().items() if attack.function.__module__ == "robench.attacks.autoattack"}
+ADAPTED = {name for name, attack in attacks.registered().items() if attack.function.__module__ == "robench.attacks.pyautoattack"}
 """These take their lengths from the reference implementation, and depend on the batch by its design."""
 OWN = sorted(set(attacks.registered()) - ADAPTED)
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pyautoattack", "pyautoattack-rand")]
