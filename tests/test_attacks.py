@@ -22,11 +22,11 @@ from robench.threat import ThreatModel
 CLASSES = 5
 QUICK = {"steps": 8, "queries": 40, "draws": 2}
 """Enough to exercise an attack; set where it has the parameter."""
-ADAPTED = {name for name, attack in attacks.registered().items() if attack.function.__module__ == "robench.attacks.autoattack"}
+ADAPTED = {name for name, attack in attacks.registered().items() if attack.function.__module__ == "robench.attacks.pyautoattack"}
 """These take their lengths from the reference implementation, and depend on the batch by its design."""
 OWN = sorted(set(attacks.registered()) - ADAPTED)
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pyautoattack", "pyautoattack-rand")]
-RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "pgd", "pgd-adam"]
+RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "pgd", "pgd-adam", "square"]
 
 every_attack = pytest.mark.parametrize("name", [*OWN, *SLOW])
 own_attacks = pytest.mark.parametrize("name", OWN)

@@ -1,5 +1,7 @@
 """Attacks where the worst perturbation is known: linear models, in each norm and the box, and a summit inside the ball."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,6 +137,41 @@ def test_success_is_found_exactly_up_to_the_reachable_margin(name: str, text: st
     for share in (0.99, 1.001):
         defense = Ensemble([Linear(direction, start + share * best)], mean_of_logits).eval()
         x_adv = attacks.parse(name)(defense, x, y, threat, examples=torch.arange(1), seed=0)
+        fooled.append(bool(defense(x_adv).argmax(1) != y))
+    assert fooled == [True, False]
+
+
+@pytest.mark.parametrize("text", THREATS)
+def test_fab_finds_the_least_distance_within_a_hundredth(text: str) -> None:
+    """The decision lies at the budget exactly: it is out of reach of 0.999 of the budget, and found with 1.01 of it."""
+    threat = ThreatModel.parse(text)
+    direction, x = direction_and_images(1)
+    offset = float((x - 0.5).flatten() @ direction) + float(optimal_gain(direction, x, threat))
+    defense = Ensemble([Linear(direction, offset)], mean_of_logits).eval()
+    y, fooled = torch.zeros(1, dtype=torch.int64), []
+    for share in (Fraction(1010, 1000), Fraction(999, 1000)):
+        x_adv = attacks.parse("fab-t")(defense, x, y, threat.scaled(share), examples=torch.arange(1), seed=0)
+        fooled.append(bool(defense(x_adv).argmax(1) != y))
+    assert fooled == [True, False]
+
+
+@pytest.mark.parametrize(("text", "least"), [("Linf:0.1", 0.95), ("Linf:0.6", 0.95), ("L2:1", 0.4), ("L2:4", 0.4), ("L1:3", 0.4)])
+def test_square_comes_near_the_optimum_and_not_past_it(text: str, least: float) -> None:
+    """Its L2 and L1 patterns cannot take the shape of a dense random direction."""
+    share = share_of_optimum(f"square,queries={300 if text == 'L1:3' else 1000}", text)
+    assert share.max() < 1 + 1e-4
+    assert share.min() > least
+
+
+@pytest.mark.parametrize(("text", "queries", "reach"), [("Linf:0.1", 1000, 0.8), ("L2:1", 500, 0.3), ("L1:3", 500, 0.4)])
+def test_square_fools_what_is_easily_in_reach_and_nothing_out_of_it(text: str, queries: int, reach: float) -> None:
+    threat = ThreatModel.parse(text)
+    direction, x = direction_and_images(1)
+    start, best = float((x - 0.5).flatten() @ direction), float(optimal_gain(direction, x, threat))
+    y, fooled = torch.zeros(1, dtype=torch.int64), []
+    for share in (reach, 1.001):
+        defense = Ensemble([Linear(direction, start + share * best)], mean_of_logits).eval()
+        x_adv = attacks.parse(f"square,queries={queries}")(defense, x, y, threat, examples=torch.arange(1), seed=0)
         fooled.append(bool(defense(x_adv).argmax(1) != y))
     assert fooled == [True, False]
 

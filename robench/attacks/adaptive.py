@@ -248,7 +248,8 @@ def _is_no_mean(defense: Defense, seed: int, x: Tensor, _y: Tensor, examples: Te
 def _has_flat_steps(defense: Defense, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:
     """Say where the gradient is another when steps without gradient are given the identity's."""
     own, through = (_gradient(view, seed, x, y, examples) for view in (defense, StraightThrough(defense)))
-    return (through - own).norm(dim=1) > 1e-3 * through.norm(dim=1)
+    differs: Tensor = (through - own).norm(dim=1) > 1e-3 * through.norm(dim=1)
+    return differs
 
 
 def _is_shattered(defense: Defense, threat: ThreatModel, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:
@@ -257,4 +258,5 @@ def _is_shattered(defense: Defense, threat: ThreatModel, seed: int, x: Tensor, y
         return torch.zeros_like(y, dtype=torch.bool)
     near = threat.scaled(Fraction(1, 100)).random_start(x, examples, seed, "shattered")
     here, there = (functional.normalize(_gradient(defense, seed, at, y, examples), eps=1e-30) for at in (x, near))
-    return (here * there).sum(1) < 0.5 * here.norm(dim=1)
+    turned: Tensor = (here * there).sum(1) < 0.5 * here.norm(dim=1)
+    return turned

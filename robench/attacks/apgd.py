@@ -6,13 +6,14 @@ to the last step, and the iterate of highest mean loss over draws is kept: to be
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from itertools import pairwise, product
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from robench.attacks.objective import Guide, Objective, draw_numbers, evaluate_point, mean_logits
+from robench.attacks.objective import Guide, Objective, draw_numbers, evaluate_point
 from robench.attacks.registry import register
+from robench.attacks.runs import best_of_runs
 from robench.attacks.steps import steepest
 from robench.defense import Defense
 from robench.losses import Loss, cross_entropy, dlr, margin, targeted_dlr
@@ -231,36 +232,25 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 
 def _apgd(plan: Plan, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int) -> Tensor:
     """Run APGD towards every target from every restart, on the examples not yet fooled, and keep the best result of each."""
-    best, best_loss = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
     if threat.epsilon == 0:
-        return best
-    judging = plan.numbers(plan.targets * plan.restarts, 0)
-    clean = mean_logits(defense, x, examples=examples, seed=seed, numbers=judging)
-    ranked = clean.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
-    searched = torch.ones_like(y, dtype=torch.bool) if defense.random else clean.argmax(1) == y
-    for run, (rank, restart) in enumerate(product(range(min(plan.targets, clean.shape[1] - 1)), range(plan.restarts))):
-        index = searched.nonzero()[:, 0]
-        if not len(index):
-            break
-        labels, names = y[index], examples[index]
-        start = threat.random_start(x[index], names, seed, f"start/{rank}/{restart}")
-        x_adv = ascend(plan, run, defense, x[index], labels, ranked[index, rank], threat, start, names, seed)
-        point = evaluate_point(
-            defense,
-            x_adv,
-            labels,
-            _objective(lambda logits, y, _target: plan.judge(logits, y), labels, labels),
-            examples=names,
-            seed=seed,
-            numbers=judging,
-            gradient=False,
-        )
-        better = point.loss > best_loss[index]
-        if not defense.random:
-            better |= point.fooled
-            searched[index[point.fooled]] = False
-        best[index[better]], best_loss[index[better]] = x_adv[better], point.loss[better]
-    return best
+        return x.clone()
+
+    def run(number: int, stream: str, index: Tensor, target: Tensor) -> Tensor:
+        start = threat.random_start(x[index], examples[index], seed, f"start/{stream}")
+        return ascend(plan, number, defense, x[index], y[index], target, threat, start, examples[index], seed)
+
+    return best_of_runs(
+        run,
+        defense,
+        x,
+        y,
+        examples=examples,
+        seed=seed,
+        judge=plan.judge,
+        numbers=plan.numbers(plan.targets * plan.restarts, 0),
+        targets=plan.targets,
+        restarts=plan.restarts,
+    )
 
 
 def ascend(

@@ -1,139 +1,140 @@
-"""AutoAttack (Croce and Hein, arXiv 2003.01690) by the reference implementation, the package `pyautoattack` 0.2.0.
+"""AutoAttack (Croce and Hein, arXiv 2003.01690, section 4) on this package's own attacks, with AutoAttack's parameters.
 
-The one place that touches it. It reseeds torch's global generators for each of its batches, so its results depend on
-`batch_size`, which is therefore a parameter of the attack and kept in records. A call here equals a direct call with the same
-seed and batches, except that what it does to the process is undone (the generators' states, its log, its warnings, a check that
-replaces the interpreter's trace function), and that an image it moves out of the threat model is projected back: its L1
-attacks leave the box by rounding, and the budget on images of one value.
+Each stage runs on what those before it did not fool. It differs from the authors' code in what it must: no result depends on the
+batch or on a global generator, a random defense is attacked on every example, and for L1 APGD starts at the budget only, not
+at larger ones as well.
 """
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
-from typing import Literal
-from unittest import mock
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robench.attacks.registry import register
-from robench.defense import Defense, FreshDraws
-from robench.errors import UserError
-from robench.noise import Draw
+from robench.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
+from robench.attacks.fab import fab_t
+from robench.attacks.objective import Point, evaluate_point, frozen, mean_logits
+from robench.attacks.registry import Found, register
+from robench.attacks.square import square
+from robench.defense import Defense
+from robench.losses import cross_entropy
 from robench.threat import ThreatModel
 
+Stages = Mapping[str, Callable[..., Tensor]]
+"""Attacks by name, in the order run, with all their parameters set."""
 
-@register("autoattack", version=1, paper="arXiv 2003.01690")
-@register("pyautoattack", version=1, paper="arXiv 2003.01690")
-def pyautoattack(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int, batch_size: int = 100
-) -> Tensor:
-    """The standard version: APGD-CE, targeted APGD, targeted FAB and Square, each on what those before it did not fool.
-
-    Towards 9 targets (5 for L1), or all wrong classes where there are fewer. A random defense takes fresh noise at every pass.
-
-    Args beyond every attack's: `batch_size`, images attacked together, on which the result depends.
-
-    Raises:
-        UserError: with fewer than 4 classes, if the defense's logits have no gradient, or, for L2 and L1, with images less than
-            5 pixels high, on which its Square attack fails.
-    """
-    return _run("standard", 4, defense, x, y, threat, examples, seed, batch_size)
+JUDGING_DRAWS = 10
+"""At least so many draws judge a random defense after each stage."""
+FIRST_JUDGING_DRAW = 2**30
+"""Beyond the numbers of all draws that the stages take."""
 
 
-@register("autoattack-rand", version=1, paper="arXiv 2003.01690")
-@register("pyautoattack-rand", version=1, paper="arXiv 2003.01690")
-def pyautoattack_rand(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int, batch_size: int = 100
-) -> Tensor:
-    """The version for random defenses: APGD-CE and APGD-DLR with gradients averaged over 20 draws.
-
-    It drops an example after one misclassified draw and returns what it did not fool as the clean image, so it overstates the
-    robustness of a random defense scored on fresh draws; it is here as the reference that papers report.
-
-    Args beyond every attack's: `batch_size`, images attacked together, on which the result depends.
-
-    Raises:
-        UserError: with fewer than 3 classes, or if the defense's logits have no gradient.
-    """
-    return _run("rand", 3, defense, x, y, threat, examples, seed, batch_size)
-
-
-def _run(
-    version: Literal["standard", "rand"],
-    least_classes: int,
+@register("autoattack", version=2, paper="arXiv 2003.01690")
+def autoattack(
     defense: Defense,
     x: Tensor,
     y: Tensor,
     threat: ThreatModel,
+    *,
     examples: Tensor,
     seed: int,
-    batch_size: int,
-) -> Tensor:
-    if threat.epsilon == 0 or not len(x):
-        return x.clone()
-    if version == "standard" and threat.norm != "Linf" and x.shape[2] < 5:
-        raise UserError(f"AutoAttack in {threat.norm} needs images at least 5 pixels high, and these are {x.shape[2]}")
-    with _contained(), _frozen(defense):
-        from pyautoattack import AutoAttack
+    steps: int = 100,
+    queries: int = 5000,
+    draws: int = 1,
+) -> Found:
+    """The standard version: APGD-CE, targeted APGD, targeted FAB and Square, each on what those before it did not fool.
 
-        classes = _classes(defense, x[:1], examples[:1], seed)
-        if classes < least_classes:
-            raise UserError(f"AutoAttack's {version} version needs at least {least_classes} classes, and there are {classes}")
-        # A channels-last batch makes its gradient check fail.
-        images = x.detach().float().contiguous(memory_format=torch.contiguous_format)
-        model = FreshDraws(defense, seed) if defense.random else defense
-        attack = AutoAttack(model, norm=threat.norm, eps=threat.epsilon, seed=seed, version=version, device=x.device)
-        for targeted in (attack.apgd_targeted, attack.fab):
-            targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
-        x_adv: Tensor = attack.run_standard_evaluation(images, y, batch_size=batch_size)[0].detach()
-    return threat.project(x_adv, images) if threat.violation(x_adv, images) else x_adv
+    Towards 9 targets, or all wrong classes where there are fewer; for L1, targeted APGD takes 5, and APGD-CE starts 5 times.
+    With 3 classes APGD-DLR takes the place of targeted APGD, and with 2 there is neither. Where the logits have no gradient, the
+    first three stages find little but their random starts, and Square goes on.
 
+    A random defense is attacked on every example by every stage. Their images are compared by the mean cross-entropy over
+    draws that are the same for all, and the highest is kept; it counts as fooled where every one of these draws is wrong.
 
-def _classes(defense: Defense, image: Tensor, example: Tensor, seed: int) -> int:
-    """Return the number of classes, having made sure that the logits of one image (1, C, H, W) have a gradient in it."""
-    with torch.enable_grad():
-        logits = defense(image.detach().clone().requires_grad_(), Draw(seed, example) if defense.random else None)
-    if not logits.requires_grad:
-        raise UserError("AutoAttack needs a gradient, and this defense's logits have none (a vote?); use mean-transfer-N")
-    return int(logits.shape[1])
+    Args beyond every attack's: `steps` of the first three stages; `queries` of Square; `draws`, the noise draws averaged at each
+    step and query for a random defense.
 
-
-def _without_tracing(model: nn.Module, x: Tensor, *_rest: object, **_options: object) -> None:
-    """Take the pass that `check_dynamic` takes, so that a random defense's draws keep their order, and no more.
-
-    The original sets the interpreter's trace function, which ends coverage and debuggers, and counts calls in a global that is
-    never reset.
+    Returns:
+        Where a deterministic defense is not fooled, the image of highest cross-entropy; and what each stage was the first to fool.
     """
-    with torch.no_grad():
-        model(x)
+    sparse, classes = threat.norm == "L1", _classes(defense, x, examples, seed)
+    targeted = {
+        "apgd-t": partial(apgd_t, steps=steps, targets=5 if sparse else 9, draws=draws),
+        "apgd-dlr": partial(apgd_dlr, steps=steps, draws=draws),
+    }
+    second = "apgd-t" if classes > 3 else "apgd-dlr"
+    stages: Stages = {
+        "apgd-ce": partial(apgd_ce, steps=steps, restarts=5 if sparse else 1, draws=draws),
+        **({second: targeted[second]} if classes > 2 else {}),
+        "fab-t": partial(fab_t, steps=steps, draws=draws),
+        "square": partial(square, queries=queries, draws=draws),
+    }
+    return _run(stages, defense, x, y, threat, examples, seed, draws)
 
 
-@contextlib.contextmanager
-def _contained() -> Iterator[None]:
-    """Undo what pyautoattack does to the process; it takes random numbers from torch only."""
-    logger = logging.getLogger("auto-attack")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-            warnings.simplefilter("ignore")
-            from pyautoattack import checks
+@register("autoattack-rand", version=2, paper="arXiv 2003.01690")
+def autoattack_rand(
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int = 100,
+    draws: int = 20,
+) -> Found:
+    """The version for random defenses: APGD-CE and APGD-DLR with losses and gradients averaged over draws.
 
-            with mock.patch.object(checks, "check_dynamic", _without_tracing):
-                yield
-    finally:
-        logger.disabled = disabled
+    Unlike the authors', it attacks every example to the last step in both stages, keeps the iterate of highest mean loss, and of
+    the two images the one of higher mean cross-entropy over draws that are the same for both. With 2 classes there is no
+    APGD-DLR. On a deterministic defense each stage runs on what the one before did not fool.
+
+    Args beyond every attack's: `steps` of each stage and `draws`, the noise draws averaged at each.
+    """
+    stages: Stages = {
+        "apgd-ce": partial(apgd_ce, steps=steps, draws=draws),
+        **({"apgd-dlr": partial(apgd_dlr, steps=steps, draws=draws)} if _classes(defense, x, examples, seed) > 2 else {}),
+    }
+    return _run(stages, defense, x, y, threat, examples, seed, draws)
 
 
-@contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Let no parameter take a gradient inside the block: FAB's backward would accumulate there."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+def _classes(defense: Defense, x: Tensor, examples: Tensor, seed: int) -> int:
+    return mean_logits(defense, x[:1], examples=examples[:1], seed=seed, numbers=range(1)).shape[1]
+
+
+def _run(stages: Stages, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int, draws: int) -> Found:
+    """Run the stages in order and keep each example's best image, the clean one included."""
+    judging = range(FIRST_JUDGING_DRAW, FIRST_JUDGING_DRAW + max(draws, JUDGING_DRAWS))
+
+    def look(images: Tensor, index: Tensor) -> Point:
+        return evaluate_point(
+            defense,
+            images,
+            y[index],
+            lambda logits: cross_entropy(logits, y[index]),
+            examples=examples[index],
+            seed=seed,
+            numbers=judging,
+            gradient=False,
+        )
+
+    everything = torch.arange(len(x), device=x.device)
+    with frozen(defense):
+        clean = look(x, everything)
+        x_adv, loss, fooled, found = x.clone(), clean.loss, clean.fooled, dict[str, Tensor]()
+        for name, stage in stages.items():
+            found[name] = torch.zeros_like(fooled)
+            index = everything if defense.random else (~fooled).nonzero()[:, 0]
+            if not len(index) or threat.epsilon == 0:
+                continue
+            images = stage(defense, x[index], y[index], threat, examples=examples[index], seed=seed)
+            point = look(images, index)
+            found[name][index] = point.fooled & ~fooled[index]
+            better = point.loss > loss[index]
+            if not defense.random:
+                better |= point.fooled
+            kept = index[better]
+            x_adv[kept], loss[kept] = images[better], point.loss[better]
+            fooled |= found[name]
+    return Found(x_adv, found)

@@ -3,11 +3,12 @@
 EOT: Athalye et al., "Synthesizing robust adversarial examples", arXiv 1707.07397.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robench.defense import Defense
 from robench.noise import Draw
@@ -101,3 +102,16 @@ def image_gradient(each: Tensor, point: Tensor, keep_graph: bool = False) -> Ten
         return torch.zeros_like(point)
     (gradient,) = torch.autograd.grad(each.sum(), point, allow_unused=True, retain_graph=keep_graph)
     return torch.zeros_like(point) if gradient is None else gradient.detach()
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let no parameter take a gradient inside the block: a backward pass would spend time on it, and may leave it there."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

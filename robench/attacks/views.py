@@ -102,4 +102,4 @@ class _IdentityGradients(TorchFunctionMode):
         if known and function in _CUT:
             return args[0]
         result = function(*args, **(kwargs or {}))
-        return _Identity.apply(args[0], result.detach()) if known and function in _FLAT else result  # type: ignore[no-untyped-call]
+        return _Identity.apply(args[0], result.detach()) if known and function in _FLAT else result
