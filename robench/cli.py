@@ -137,10 +137,12 @@ def train(
 @_plugins
 @click.option("--json", "json_file", metavar="FILE", help="Write the record to FILE, or with - alone to stdout.")
 @click.option("--records", type=PATH, help="Save the record in this folder.")
+@click.option("--max-passes", type=click.IntRange(1), help="Stop after the batch that reaches so many passes; the record is partial.")
+@click.option("--time", "max_seconds", type=click.FloatRange(0, min_open=True), help="Likewise, after so many seconds.")
 def evaluate(
     target: str, dataset: str, threat: str, attack: str, n: int | None, scale: "Scale | None", seed: int, training_seed: int,
     batch_size: int, device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...], json_file: str | None,
-    records: Path | None,
+    records: Path | None, max_passes: int | None, max_seconds: float | None,
 ) -> None:  # fmt: skip
     """Attack TARGET: a zoo name with parameters, robustbench:NAME, timm:NAME, or path/to/file.py:factory."""
     from robench import attacks, console, data, record, targets, workbench
@@ -161,7 +163,7 @@ def evaluate(
         resolved = targets.resolve(target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress)
         made = measure(
             resolved, examples, within, parsed_attack, seed=seed, batch_size=batch_size, device=device, scale=scale,
-            cache=cache, progress=progress,
+            cache=cache, max_passes=max_passes, max_seconds=max_seconds, progress=progress,
         )  # fmt: skip
     facts = console.outcome(made)
     if records:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,6 +95,8 @@ def measure(
     scale: zoo.Scale = "cpu",
     precision: Precision | None = None,
     cache: Path | None = None,
+    max_passes: int | None = None,
+    max_seconds: float | None = None,
     progress: Progress = lambda _line: None,
 ) -> Record:
     """Evaluate a target and return the record.
@@ -109,6 +112,9 @@ def measure(
         scale: what the record says of the protocol's scale.
         precision: of the attack; every success is scored in float32. bfloat16 on CUDA by default, else float32.
         cache: where finished chunks are kept, so that an interrupted evaluation goes on; None keeps nothing.
+        max_passes: forwards and backwards at the members after which no further chunk of `batch_size` examples is attacked; the
+            record then covers the examples that were, and says so in `partial`.
+        max_seconds: likewise, of attack time.
         progress: is told a line after each chunk.
 
     Raises:
@@ -125,6 +131,7 @@ def measure(
     key = _key(target, dataset, threat, attack, seed, size, precision, behaviour)
     folder = cache / "evaluations" / key if cache else None
     chunks: list[_Chunk] = []
+    partial = None
     for start in range(0, len(dataset), size):
         stop = min(start + size, len(dataset))
         path = folder / f"{start:06d}-{stop:06d}.json" if folder else None
@@ -134,11 +141,17 @@ def measure(
             if path:
                 write_atomic(path, json.dumps(chunk.__dict__))
         chunks.append(chunk)
+        passes, seconds = sum(c.forwards + c.backwards for c in chunks), sum(c.seconds for c in chunks)
         robust = np.concatenate([_correct(c.robust, dataset.labels, i * size).mean(0) for i, c in enumerate(chunks)])
         share = f"{stop}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}"
         progress(f"{target.name} under {attack.name} within {threat}: {share}")
-    controls = _controls(target, dataset, threat, attack, seed, device, folder) if defense.random else {}
-    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, controls)
+        if stop < len(dataset) and (passes >= (max_passes or math.inf) or seconds >= (max_seconds or math.inf)):
+            spent = f"{passes:,} passes" if passes >= (max_passes or math.inf) else f"{seconds:,.0f} s"
+            partial = f"stopped after {stop} of {len(dataset)} examples, its budget of passes or time spent ({spent})"
+            dataset = dataset.first(stop)
+            break
+    controls = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random else {}
+    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, controls, partial)
 
 
 def _key(
@@ -235,15 +248,16 @@ def _correct(predicted: list[list[int]], labels: Tensor, start: int) -> "np.ndar
 
 
 def _controls(
-    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, device: str, folder: Path | None
+    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, device: str, cache: Path | None, behaviour: Tensor
 ) -> dict[str, float]:
     """Return a random defense's controls on the first examples: with no budget the attack must leave the clean accuracy
-    standing, with any budget none.
+    standing, with any budget none. They are the same for every budget of a norm.
     """
-    path = folder / "controls.json" if folder else None
+    few = dataset.first(min(CONTROL_EXAMPLES, len(dataset)))
+    key = _key(target, few, ThreatModel(threat.norm, Fraction(0)), attack, seed, len(few), "float32", behaviour)
+    path = cache / "evaluations" / key / "controls.json" if cache else None
     if known := _load(path, dict[str, float]):
         return known
-    few = dataset.first(min(CONTROL_EXAMPLES, len(dataset)))
     values = few.images[0].numel()
     everything = {"Linf": 1, "L2": int(values**0.5) + 1, "L1": values}[threat.norm]
     results = {}
@@ -267,6 +281,7 @@ def _record(
     device: str,
     chunks: list[_Chunk],
     controls: dict[str, float],
+    partial: str | None,
 ) -> Record:
     labels = dataset.labels.numpy()
     clean_classes = np.concatenate([np.asarray(c.clean) for c in chunks], axis=1)
@@ -301,6 +316,7 @@ def _record(
         controls=controls,
         training=target.training,
         precision=precision,
+        partial=partial,
         provenance=record.provenance(device),
         timing=record.Timing(created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(sum(c.seconds for c in chunks), 3)),
     )  # fmt: skip

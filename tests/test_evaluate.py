@@ -59,6 +59,9 @@ def margins(dataset: Dataset, dual: float) -> tuple[Tensor, Tensor]:
         ("Linf:0.03", "pgd-20", 1),
         ("Linf:0.02", "apgd-ce", 1),
         ("L2:0.15", "fgsm", 2),
+        ("Linf:0.03", "fast", 1),
+        ("L2:0.15", "adaptive,steps=10,queries=10", 2),
+        ("Linf:0.03", "autoattack,steps=10,queries=10", 1),
     ],
 )
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -116,6 +119,26 @@ def test_a_measurement_repeats() -> None:
     first, second = measured(ensemble(), seed=4), measured(ensemble(), seed=4)
     assert record.identity(first) == record.identity(second)
     assert first.seed == 4
+
+
+@pytest.mark.parametrize(("budget", "done"), [({"max_passes": 1}, 16), ({"max_passes": 17 * 12}, 32), ({"max_seconds": 1e-9}, 16)])
+def test_a_spent_budget_ends_the_attack_at_a_batch_and_makes_the_record_partial(budget: Any, done: int, tmp_path: Path) -> None:
+    made = measured(linear(), batch_size=16, cache=tmp_path, **budget)
+    assert made.dataset.n == made.robust_accuracy.n == done
+    assert made.partial is not None
+    assert made.partial.startswith(f"stopped after {done} of 50 examples, its budget of passes or time spent (")
+    # The same command without it goes on from there, and a budget that is not spent changes nothing.
+    whole, ample = measured(linear(), batch_size=16, cache=tmp_path), measured(linear(), batch_size=16, max_passes=10**9)
+    assert whole.outcomes.robust[:done] == made.outcomes.robust
+    assert record.identity(whole) == record.identity(ample)
+    assert whole.partial is None
+
+
+def test_a_record_tells_what_each_stage_was_the_first_to_fool() -> None:
+    made = measured(linear(classes=5), "autoattack,steps=10,queries=10", dataset=examples(classes=5), batch_size=16)
+    assert list(made.stages) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert sum(made.stages.values()) == sum(made.outcomes.clean) - sum(made.outcomes.robust) > 0
+    assert made.stages["apgd-ce"] > 0
 
 
 def test_the_measurement_leaves_the_global_generator_and_the_weights_alone() -> None:
