@@ -15,6 +15,8 @@ from robench.errors import UserError, nearest
 from robench.files import cache_folder, write_atomic
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from robench.zoo import Scale
 
 RECORDS = Path("leaderboard/records")
@@ -137,33 +139,41 @@ def train(
 @_plugins
 @click.option("--json", "json_file", metavar="FILE", help="Write the record to FILE, or with - alone to stdout.")
 @click.option("--records", type=PATH, help="Save the record in this folder.")
+@click.option("--figure", type=PATH, help="Draw the universal perturbation to this file (.png or .svg).")
 @click.option("--max-passes", type=click.IntRange(1), help="Stop after the batch that reaches so many passes; the record is partial.")
 @click.option("--time", "max_seconds", type=click.FloatRange(0, min_open=True), help="Likewise, after so many seconds.")
 def evaluate(
     target: str, dataset: str, threat: str, attack: str, n: int | None, scale: "Scale | None", seed: int, training_seed: int,
     batch_size: int, device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...], json_file: str | None,
-    records: Path | None, max_passes: int | None, max_seconds: float | None,
+    records: Path | None, figure: Path | None, max_passes: int | None, max_seconds: float | None,
 ) -> None:  # fmt: skip
     """Attack TARGET: a zoo name with parameters, robustbench:NAME, timm:NAME, or path/to/file.py:factory."""
-    from robench import attacks, console, data, record, targets, workbench
+    from robench import attacks, console, data, figures, record, targets, workbench
     from robench.evaluation import measure
     from robench.threat import ThreatModel
 
-    # Whatever is wrong should show before anything is trained.
+    # Whatever is wrong should show before anything is trained; a plugin may bring the attack.
+    _load_plugins(plugins)
     within, parsed_attack = ThreatModel.parse(threat), attacks.parse(attack)
+    if figure and (parsed_attack.apply is None or figure.suffix not in (".png", ".svg")):
+        raise UserError(f"--figure draws what a universal attack learns, to a .png or .svg file; this is {attack}, to {figure.name}")
     cache, device = _writable(cache_folder(cache_dir)), _available(device)
     to_stdout = json_file == "-"
     json_path = Path(json_file) if json_file and not to_stdout else None
-    for folder in filter(None, (records, json_path and json_path.parent)):
+    for folder in filter(None, (records, json_path and json_path.parent, figure and figure.parent)):
         _writable(folder)
-    _load_plugins(plugins)
+
+    def draw(delta: "Tensor") -> None:
+        if figure:
+            figures.perturbation(delta, figure, title=f"{target}, {within}, {attack}")
+
     split, scale = data.load(dataset, "test"), scale or workbench.default_scale(dataset)
     examples = split.first(min(len(split), workbench.EXAMPLES[scale]) if n is None else n)
     with console.progress() as progress:
         resolved = targets.resolve(target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress)
         made = measure(
             resolved, examples, within, parsed_attack, seed=seed, batch_size=batch_size, device=device, scale=scale,
-            cache=cache, max_passes=max_passes, max_seconds=max_seconds, progress=progress,
+            cache=cache, max_passes=max_passes, max_seconds=max_seconds, progress=progress, learnt=draw,
         )  # fmt: skip
     facts = console.outcome(made)
     if records:

@@ -98,6 +98,7 @@ def measure(
     max_passes: int | None = None,
     max_seconds: float | None = None,
     progress: Progress = lambda _line: None,
+    learnt: Callable[[Tensor], None] = lambda _what: None,
 ) -> Record:
     """Evaluate a target and return the record.
 
@@ -116,6 +117,7 @@ def measure(
             record then covers the examples that were, and says so in `partial`.
         max_seconds: likewise, of attack time.
         progress: is told a line after each chunk.
+        learnt: is given what the attack learnt from training images, if it is one that does.
 
     Raises:
         UserError: for a model that does not fit the data set or returns what is not finite, an attack that leaves the threat
@@ -128,6 +130,10 @@ def measure(
     size = int(attack.parameters.get("batch_size") or batch_size)
     first = as_float(dataset.images[:16]).to(device)
     behaviour = _predict_logits(target, first, torch.arange(len(first), device=device), seed, dataset)
+    with counted(defense) as learning:
+        attack = fitted(attack, target, dataset, threat, seed=seed, device=device)
+    if attack.learnt is not None:
+        learnt(attack.learnt)
     key = _key(target, dataset, threat, attack, seed, size, precision, behaviour)
     folder = cache / "evaluations" / key if cache else None
     chunks: list[_Chunk] = []
@@ -150,8 +156,22 @@ def measure(
             partial = f"stopped after {stop} of {len(dataset)} examples, its budget of passes or time spent ({spent})"
             dataset = dataset.first(stop)
             break
-    controls = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random else {}
-    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, controls, partial)
+    controls = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random and not attack.apply else {}
+    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, learning, controls, partial)
+
+
+def fitted(attack: Attack, target: Target, dataset: Dataset, threat: ThreatModel, *, seed: int, device: str = "cpu") -> Attack:
+    """Return the attack with what it learns from the data set's training images, for one that learns; others as they are.
+
+    Raises:
+        UserError: if the attack learns and the data set has no training split.
+    """
+    if attack.apply is None or attack.learnt is not None:
+        return attack
+    train = data.load(dataset.name, "train")
+    train = train.first(min(len(train), int(attack.parameters["images"] or len(train))))
+    defense = target.defense.to(device).eval()
+    return attack.fitted(defense, as_float(train.images).to(device), train.labels.to(device), threat, seed=seed)
 
 
 def _key(
@@ -161,6 +181,7 @@ def _key(
     identity = [
         target.name, target.version, state_hash(target.defense), hashlib.sha256(behaviour.cpu().numpy().tobytes()).hexdigest(),
         dataset.fingerprint, str(threat), attack.name, attack.version, dict(attack.parameters), seed, size, precision,
+        "" if attack.learnt is None else hashlib.sha256(attack.learnt.cpu().numpy().tobytes()).hexdigest(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -280,6 +301,7 @@ def _record(
     precision: str,
     device: str,
     chunks: list[_Chunk],
+    learning: Cost,
     controls: dict[str, float],
     partial: str | None,
 ) -> Record:
@@ -290,7 +312,7 @@ def _record(
     if not target.defense.random:
         # The clean image is in the threat model: what is misclassified there is not robust, wherever the attack ended.
         robust &= clean
-    total = sum((Cost(c.forwards, c.backwards) for c in chunks), Cost())
+    total = sum((Cost(c.forwards, c.backwards) for c in chunks), learning)
     defense, n = target.defense, len(dataset)
     clean_estimate, robust_estimate = (Estimate.of(correct.mean(0), dataset=dataset.fingerprint) for correct in (clean, robust))
     return Record(

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from robench.estimate import Estimate
 from robench.files import write_atomic
@@ -38,6 +39,29 @@ def accuracy_curves(curves: Mapping[str, Sequence[tuple[float, Estimate]]], path
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    _save(figure, path)
+
+
+def perturbation(delta: Tensor, path: Path, *, title: str) -> None:
+    """Draw a perturbation (C, H, W), grey where it changes nothing and stretched to the full range, and write it as PNG or SVG.
+
+    Args:
+        delta: the perturbation, in units of the pixel range, of 1 or 3 channels.
+        path: the file; its suffix says the format.
+        title: of the figure.
+    """
+    largest = float(delta.abs().max())
+    shown = (0.5 + delta.cpu().permute(1, 2, 0) / (2 * largest or 1)).clamp(0, 1).numpy()
+    figure = Figure(figsize=(4.5, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(shown if shown.shape[2] == 3 else shown[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(f"{title}\nlargest change {255 * largest:.1f} / 255", fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     # A fixed salt and no date make the same figure the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "robench"}):

@@ -24,7 +24,9 @@ QUICK = {"steps": 8, "queries": 40, "draws": 2}
 """Enough to exercise an attack; set where it has the parameter."""
 ADAPTED = {name for name, attack in attacks.registered().items() if attack.function.__module__ == "robench.attacks.pyautoattack"}
 """These take their lengths from the reference implementation, and depend on the batch by its design."""
-OWN = sorted(set(attacks.registered()) - ADAPTED)
+FITTED = {name for name, attack in attacks.registered().items() if attack.apply}
+"""These learn from training images first; `test_universal.py`."""
+OWN = sorted(set(attacks.registered()) - ADAPTED - FITTED)
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pyautoattack", "pyautoattack-rand")]
 RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "pgd", "pgd-adam", "square"]
 

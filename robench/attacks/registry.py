@@ -1,7 +1,7 @@
 """Attacks by name: ``pgd-20,restarts=5`` is the attack `pgd` with 20 steps and 5 restarts."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -30,16 +30,24 @@ AttackFunction = Callable[..., Tensor | Found]
 adversarial image for each image, inside the threat model, or `Found` where it has stages to tell of. Its further keyword
 parameters are its own."""
 
+Apply = Callable[[Tensor, ThreatModel, Tensor], Tensor]
+"""From images (B, C, H, W), the threat model and what an attack learnt to adversarial images."""
+
 
 @dataclass(frozen=True)
 class RegisteredAttack:
-    """One attack: its function, version (raise it when its results change), paper, and what a number in its name sets."""
+    """One attack: its function, version (raise it when its results change), paper, and what a number in its name sets.
+
+    An attack with `apply` learns from training images before it is run on others: its function
+    ``(defense, x, y, threat, *, seed, ...)`` returns what it learnt, and ``apply(x, threat, learnt)`` the adversarial images.
+    """
 
     name: str
     function: AttackFunction
     version: int
     paper: str
     number: str | None = None
+    apply: Apply | None = None
 
     def defaults(self) -> dict[str, Value]:
         """Return the keyword parameters and their defaults, without what every attack takes."""
@@ -59,6 +67,15 @@ class Attack:
     version: int
     parameters: Mapping[str, Value]
     function: AttackFunction = field(repr=False, compare=False)
+    apply: Apply | None = field(default=None, repr=False, compare=False)
+    learnt: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def fitted(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int) -> "Attack":
+        """Return the attack with what it learns from training images `x` (N, C, H, W) with labels `y`; itself if it learns nothing."""
+        if self.apply is None:
+            return self
+        learnt = self.function(defense, x, y, threat, seed=seed, **self.parameters)
+        return replace(self, learnt=learnt if isinstance(learnt, Tensor) else learnt.x_adv)
 
     def __call__(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int) -> Tensor:
         """Return adversarial images (B, C, H, W) for clean images `x` (B, C, H, W) in [0, 1] with labels `y` (B,).
@@ -75,6 +92,10 @@ class Attack:
 
     def run(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int) -> Found:
         """Return the adversarial images and what each stage of the attack found; the arguments are those of a call."""
+        if self.apply is not None:
+            if self.learnt is None:
+                raise UserError(f"attack {self.name!r} has to be fitted on training images first (Attack.fitted)")
+            return Found(self.apply(x, threat, self.learnt))
         found = self.function(defense, x, y, threat, examples=examples, seed=seed, **self.parameters)
         return Found(found) if isinstance(found, Tensor) else found
 
@@ -84,8 +105,9 @@ F = TypeVar("F", bound=AttackFunction)
 _ATTACKS: dict[str, RegisteredAttack] = {}
 
 
-def register(name: str, *, version: int, paper: str, number: str | None = None) -> Callable[[F], F]:
-    """Register an attack function under `name`; `number` names the parameter that ``NAME-N`` sets.
+def register(name: str, *, version: int, paper: str, number: str | None = None, apply: Apply | None = None) -> Callable[[F], F]:
+    """Register an attack function under `name`; `number` names the parameter that ``NAME-N`` sets, and `apply` is given
+    for one that learns from training images (see `RegisteredAttack`).
 
     Raises:
         UserError: if the name is taken.
@@ -94,7 +116,7 @@ def register(name: str, *, version: int, paper: str, number: str | None = None) 
     def add(function: F) -> F:
         if name in _ATTACKS:
             raise UserError(f"the attack name {name!r} is taken by {_ATTACKS[name].function.__module__}")
-        _ATTACKS[name] = RegisteredAttack(name, function, version, paper, number)
+        _ATTACKS[name] = RegisteredAttack(name, function, version, paper, number, apply)
         return function
 
     return add
@@ -121,7 +143,7 @@ def parse(text: str) -> Attack:
     for key, least in known.items():
         if type(least) is int and least > 0 and int(parameters[key] or 0) < 1:
             raise UserError(f"attack {attack.pattern!r}: {key} must be at least 1, not {parameters[key]}")
-    return Attack(head, attack.version, parameters, attack.function)
+    return Attack(head, attack.version, parameters, attack.function, attack.apply)
 
 
 def _split_number(head: str) -> tuple[RegisteredAttack, int | None]:
