@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from robench.claim import Claim, Settlement
+from robench.plugins import Failure
 from robench.record import Proportion, Record, clean_estimate, robust_estimate
-from robench.zoo import Entry, Failure, Paper
+from robench.zoo import Entry, Paper
 
 WIDTH = 200
 """Columns of a table that goes to a file or a pipe."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robench import zoo
+from robench import plugins
 from robench.data import Dataset
 from robench.errors import UserError, nearest
 from robench.noise import isolated_generator
@@ -170,7 +170,7 @@ def from_file(text: str) -> nn.Module:
     if not path.is_file():
         raise UserError(f"{text}: there is no file {path}")
     try:
-        module = zoo.import_file(path)
+        module = plugins.import_file(path)
     except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
         raise UserError(f"{path} cannot be imported ({_line(error)})") from error
     if not hasattr(module, name):

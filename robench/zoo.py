@@ -1,26 +1,21 @@
 """The zoo's one door: defenses register here, the built-in ones by the same way as anyone else's.
 
-A defense is a function from a `Setting` to a `Specimen`; its name is the function's. Functions are found through the entry point
-group ``robench.zoo``, whose values are modules or packages (every module of a package is imported), and in files given by path.
+A defense is a function from a `Setting` to a `Specimen`; its name is the function's. Functions are found as `plugins` says, by the
+entry point group ``robench.zoo``.
 """
 
-import importlib
-import importlib.metadata
-import importlib.util
 import inspect
-import pkgutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from robench import parameters
+from robench import parameters, plugins
 from robench.defense import Defense
 from robench.errors import UserError, nearest
 from robench.noise import isolated_generator
 from robench.parameters import Value
+from robench.plugins import Failure
 from robench.training import Stage
 
 Scale = Literal["smoke", "cpu", "gpu", "paper"]
@@ -113,17 +108,8 @@ class Named:
             return self.entry.factory(setting, **self.values)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A plugin that could not be imported, and why."""
-
-    origin: str
-    reason: str
-
-
 _ENTRIES: dict[str, Entry] = {}
-_FAILURES: dict[str, Failure] = {}
-_discovered: set[str] = set()
+plugins.track(lambda: _ENTRIES)
 
 
 def register(*, paper: Paper, version: int, alias: str | None = None) -> Callable[[Factory], Factory]:
@@ -148,58 +134,16 @@ def register(*, paper: Paper, version: int, alias: str | None = None) -> Callabl
     return add
 
 
-def discover(plugins: Iterable[Path] = ()) -> None:
-    """Import every plugin once: the entry points of group ``robench.zoo``, then the files in `plugins`.
+def discover(files: Iterable[Path] = ()) -> None:
+    """Import every plugin once: the entry points of group ``robench.zoo``, then `files`.
 
     A plugin that fails to import is kept in `failures` with its reason, and the others load all the same.
 
     Raises:
         UserError: for a name taken twice, or a plugin file that does not exist.
     """
-    for point in importlib.metadata.entry_points(group=GROUP):
-        _import_once(f"entry point {point.name} = {point.value}", partial(_import_tree, point.value))
-    for path in plugins:
-        if not path.is_file():
-            raise UserError(f"plugin file {path} does not exist")
-        _import_once(f"plugin file {path.resolve()}", partial(import_file, path))
-
-
-def _import_once(origin: str, load: Callable[[], object]) -> None:
-    if origin in _discovered:
-        return
-    _discovered.add(origin)
-    _guarded(origin, load)
-
-
-def _guarded(origin: str, load: Callable[[], object]) -> None:
-    before = set(_ENTRIES)
-    try:
-        load()
-    except UserError:
-        raise
-    except Exception as error:  # a stranger's code may fail in any way
-        for name in set(_ENTRIES) - before:
-            del _ENTRIES[name]
-        _FAILURES[origin] = Failure(origin, f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _import_tree(name: str) -> None:
-    module = importlib.import_module(name)
-    for child in pkgutil.iter_modules(getattr(module, "__path__", [])):
-        full = f"{name}.{child.name}"
-        _guarded(f"module {full}", partial(importlib.import_module, full))
-
-
-def import_file(path: Path) -> Any:
-    """Import a Python file by its path and return the module."""
-    name = f"robench_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    plugins.discover(GROUP)
+    plugins.load(files)
 
 
 def entries() -> dict[str, Entry]:
@@ -211,7 +155,7 @@ def entries() -> dict[str, Entry]:
 def failures() -> list[Failure]:
     """Return the plugins that failed to import."""
     discover()
-    return list(_FAILURES.values())
+    return plugins.failures()
 
 
 def parse(text: str) -> Named:

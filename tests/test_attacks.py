@@ -2,14 +2,16 @@
 
 import random
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, losses
+from robench import attacks, losses, plugins
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
+from robench.attacks import registry
 from robench.attacks.apgd import checkpoints
 from robench.attacks.objective import mean_logits
 from robench.attacks.transfer import MeanSurrogate
@@ -325,3 +327,24 @@ def test_parse_reads_numbers_fractions_and_defaults() -> None:
     assert attack.parameters == {"steps": 20, "step_size": float(Fraction(2, 255)), "restarts": 1, "loss": "margin", "draws": 1}
     assert attacks.parse("apgd-t").parameters == {"steps": 100, "restarts": 1, "draws": 1, "rho": 0.75, "targets": 9}
     assert attacks.parse("mean-transfer-5").parameters["finetune"] == 0
+
+
+def test_a_plugin_file_registers_an_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the defenses' door; what a file registered before it failed is taken out again."""
+    monkeypatch.setattr(registry, "_ATTACKS", dict(registry._ATTACKS))
+    monkeypatch.setattr(plugins, "_FAILURES", {})
+    source = (
+        "from robench.attacks import register\n\n\n"
+        "@register('{name}', version=1, paper='none')\n"
+        "def to_black(defense, x, y, threat, *, examples, seed, share: float = 1.0):\n"
+        "    return threat.project(x * (1 - share), x)\n\n\n{more}\n"
+    )
+    good, bad = tmp_path / "good_attack.py", tmp_path / "bad_attack.py"
+    good.write_text(source.format(name="to-black", more=""))
+    bad.write_text(source.format(name="to-nothing", more="raise OSError('gone')"))
+    plugins.load([bad, good])
+    defense, x, threat = ensemble(12), images(2, 3, 2, 2), ThreatModel.parse("Linf:0.1")
+    x_adv = attacks.parse("to-black,share=1/2")(defense, x, predicted(defense, x), threat, examples=torch.arange(2), seed=0)
+    torch.testing.assert_close(x_adv, torch.maximum(x / 2, x - 0.1).clamp(0, 1))
+    assert "to-nothing" not in attacks.registered()
+    assert [failure.reason for failure in plugins.failures()] == ["OSError: gone"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robench import noise, zoo
+from robench import noise, plugins, zoo
 from robench.cost import counted
 from robench.defense import Ensemble
 from robench.errors import UserError
@@ -308,8 +308,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, zoo.Entry]:
     """A copy of the registry: nothing that a test registers stays."""
     entries = dict(zoo.entries())
     monkeypatch.setattr(zoo, "_ENTRIES", entries)
-    monkeypatch.setattr(zoo, "_FAILURES", {})
-    monkeypatch.setattr(zoo, "_discovered", set(zoo._discovered))
+    monkeypatch.setattr(plugins, "_FAILURES", {})
+    monkeypatch.setattr(plugins, "_loaded", set(plugins._loaded))
     for name in list(sys.modules):
         if name.startswith(("robench_plugin_", "temporary_zoo")):
             monkeypatch.delitem(sys.modules, name)
@@ -358,7 +358,7 @@ def test_a_file_that_is_dropped_into_a_package_is_found(
     (folder / "c_unreadable.py").write_text("def (:\n")
     (folder / "d_good_one.py").write_text(plugin("second_stranger"))
     monkeypatch.syspath_prepend(tmp_path)
-    zoo._import_tree("temporary_zoo")
+    plugins.import_tree("temporary_zoo")
     assert {"first_stranger", "second_stranger"} == set(registry) - set(NAMES)
     failures = {failure.origin: failure.reason for failure in zoo.failures()}
     assert failures.pop("module temporary_zoo.b_bad_one") == "OSError: no weights here"

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from robench import plugins
 from robench.defense import Defense
 from robench.errors import UserError, nearest
 from robench.parameters import Value, keyword_parameters, read_settings
@@ -102,7 +103,9 @@ class Attack:
 
 F = TypeVar("F", bound=AttackFunction)
 
+GROUP = "robench.attacks"
 _ATTACKS: dict[str, RegisteredAttack] = {}
+plugins.track(lambda: _ATTACKS)
 
 
 def register(name: str, *, version: int, paper: str, number: str | None = None, apply: Apply | None = None) -> Callable[[F], F]:
@@ -123,7 +126,8 @@ def register(name: str, *, version: int, paper: str, number: str | None = None, 
 
 
 def registered() -> dict[str, RegisteredAttack]:
-    """Return every registered attack by its name (without a number)."""
+    """Return every registered attack by its name (without a number), those of the entry point group ``robench.attacks`` included."""
+    plugins.discover(GROUP)
     return dict(sorted(_ATTACKS.items()))
 
 
@@ -133,6 +137,7 @@ def parse(text: str) -> Attack:
     Raises:
         UserError: for an unknown attack or parameter (naming the nearest), a missing number, or a value of the wrong type.
     """
+    plugins.discover(GROUP)
     head, *settings = text.split(",")
     attack, number = _split_number(head)
     parameters = attack.defaults()
