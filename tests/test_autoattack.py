@@ -107,7 +107,8 @@ def test_parameters_take_no_gradient_during_the_attack(name: str, kind: type[Def
     examples, network = torch.arange(5), defense.members()[0]
     x, parameters = uniform(Draw(1, examples), "images", (3, 4, 4)), list(network.parameters())
     assert isinstance(network, Network)
-    attacks.parse(name)(defense, x, examples, LINF, examples=examples, seed=0)
+    y = predicted(as_defense(network), x)
+    attacks.parse(name)(defense, x, y, LINF, examples=examples, seed=0)
     assert network.trainable == {False}
     assert all(parameter.requires_grad and parameter.grad is None for parameter in parameters)
 
