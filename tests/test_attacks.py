@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robench import attacks, losses, plugins
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
 from robench.attacks import registry
-from robench.attacks.apgd import checkpoints
+from robench.attacks.ascent import checkpoints
 from robench.attacks.objective import mean_logits
 from robench.attacks.transfer import MeanSurrogate
 from robench.cost import counted

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from robench.aggregate import mean_of_logits, mean_of_probabilities
-from robench.attacks.apgd import Plan, TargetedLoss, ascend
+from robench.attacks.ascent import Plan, TargetedLoss, ascend
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
@@ -103,7 +103,7 @@ def _run(
     held, before, y, examples = best.pending.clone(), best.x_adv.clone(), best.y, best.examples
     if composition.applies is not None and bool(held.any()):
         held[best.pending] = composition.applies(x[held], y[held], examples[held])
-    plan = Plan(composition.loss, margin, steps, 1, draws, 0.75, 1, composition.guide, composition.fixed)
+    plan = Plan(composition.loss, steps, draws, guide=composition.guide, fixed=composition.fixed)
     for rank in range(composition.targets):
         index = (held & best.pending).nonzero()[:, 0]
         if len(index):

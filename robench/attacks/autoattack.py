@@ -1,8 +1,7 @@
 """AutoAttack (Croce and Hein, arXiv 2003.01690, section 4) on this package's own attacks, with AutoAttack's parameters.
 
 Each stage runs on what those before it did not fool. It differs from the authors' code in what it must: no result depends on the
-batch or on a global generator, a random defense is attacked on every example, and for L1 APGD starts at the budget only, not
-at larger ones as well.
+batch or on a global generator, and a random defense is attacked on every example. Its FAB takes one pass an iteration less.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robench.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
+from robench.attacks.apgd import apgd_ce, apgd_dlr, apgd_narrowing, apgd_t
 from robench.attacks.fab import fab_t
 from robench.attacks.objective import Point, evaluate_point, frozen, mean_logits
 from robench.attacks.registry import Found, register
@@ -44,7 +43,8 @@ def autoattack(
 ) -> Found:
     """The standard version: APGD-CE, targeted APGD, targeted FAB and Square, each on what those before it did not fool.
 
-    Towards 9 targets, or all wrong classes where there are fewer; for L1, targeted APGD takes 5, and APGD-CE starts 5 times.
+    Towards 9 targets, or all wrong classes where there are fewer; for L1, targeted APGD takes 5, APGD-CE starts
+    5 times, and both start at larger budgets (`apgd_narrowing`).
     With 3 classes APGD-DLR takes the place of targeted APGD, and with 2 there is neither. Where the logits have no gradient, the
     first three stages find little but their random starts, and Square goes on.
 
@@ -57,15 +57,16 @@ def autoattack(
     Returns:
         Where a deterministic defense is not fooled, the image of highest cross-entropy; and what each stage was the first to fool.
     """
-    sparse, classes = threat.norm == "L1", _classes(defense, x, examples, seed)
-    targeted = {
-        "apgd-t": partial(apgd_t, steps=steps, targets=5 if sparse else 9, draws=draws),
-        "apgd-dlr": partial(apgd_dlr, steps=steps, draws=draws),
-    }
-    second = "apgd-t" if classes > 3 else "apgd-dlr"
+    classes = _classes(defense, x, examples, seed)
+    if threat.norm == "L1":
+        first = partial(apgd_narrowing, steps=steps, restarts=5, draws=draws)
+        targeted = partial(apgd_narrowing, steps=steps, targets=5, draws=draws)
+    else:
+        first, targeted = partial(apgd_ce, steps=steps, draws=draws), partial(apgd_t, steps=steps, draws=draws)
+    second = {"apgd-t": targeted} if classes > 3 else {"apgd-dlr": partial(apgd_dlr, steps=steps, draws=draws)}
     stages: Stages = {
-        "apgd-ce": partial(apgd_ce, steps=steps, restarts=5 if sparse else 1, draws=draws),
-        **({second: targeted[second]} if classes > 2 else {}),
+        "apgd-ce": first,
+        **(second if classes > 2 else {}),
         "fab-t": partial(fab_t, steps=steps, draws=draws),
         "square": partial(square, queries=queries, draws=draws),
     }

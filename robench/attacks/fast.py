@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robench.aggregate import mean_of_logits
-from robench.attacks.apgd import Plan, ascend
+from robench.attacks.ascent import Plan, ascend
 from robench.attacks.objective import Guide, evaluate_point, image_gradient
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
@@ -139,7 +139,7 @@ class _Search:
             return
         x, y, examples = self.x[index], self.y[index], self.examples[index]
         loss = _untargeted if target is None else _targeted
-        plan = Plan(loss, margin, steps, 1, self.draws, 0.75, 1, guide, first_step=2.0 if onward is None else onward)
+        plan = Plan(loss, steps, self.draws, guide=guide, first_step=2.0 if onward is None else onward)
         start = self.best[index] if onward is not None else self.threat.random_start(x, examples, self.seed, f"start/fast/{self.runs}")
         goal = (self.goal if target is None else target)[index]
         # A run's number keeps its draws apart from those of every shorter or longer run.
