@@ -139,8 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     try:
         threat, dataset = ThreatModel.parse(chosen.threat), data.load(chosen.dataset, "test").first(chosen.n)
+        chosen_cases = cases(dataset, chosen.scale, chosen.cache_dir, chosen.only)
         names, rows = usable(chosen.attacks), []
-        for case in cases(dataset, chosen.scale, chosen.cache_dir, chosen.only):
+        for case in chosen_cases:
             rows.append(row(case, dataset, threat, names, chosen.seed))
             print("  ".join(rows[-1]), file=sys.stderr)
     except UserError as error:

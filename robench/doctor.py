@@ -5,6 +5,7 @@ A clean bill is no proof of robustness: it says that the signs looked for are no
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -161,15 +162,19 @@ def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 
 
 def as_json(diagnosis: Diagnosis) -> str:
-    """Return the diagnosis with every finding and its figures as JSON, accuracies as fractions."""
+    """Return the diagnosis with every finding and its figures as JSON: accuracies as fractions, null for what is not finite."""
 
     def share(estimate: Estimate) -> dict[str, float]:
         return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+
+    def finite(finding: Finding) -> dict[str, float | None]:
+        # JSON has no infinity.
+        return {name: value if math.isfinite(value) else None for name, value in finding.values.items()}
 
     content: dict[str, Any] = {
         "defense": diagnosis.name, "dataset": diagnosis.dataset, "threat": str(diagnosis.threat), "n": diagnosis.n,
         "seed": diagnosis.seed, "verdict": diagnosis.verdict, "decided_by": diagnosis.decided_by,
         "clean_accuracy": share(diagnosis.clean_accuracy), "robust_accuracy": share(diagnosis.robust_accuracy),
-        "findings": [asdict(finding) for finding in diagnosis.findings],
+        "findings": [asdict(finding) | {"values": finite(finding)} for finding in diagnosis.findings],
     }  # fmt: skip
     return json.dumps(content, indent=1) + "\n"
