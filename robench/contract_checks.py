@@ -13,8 +13,8 @@ from robench.targets import Target
 
 TRIED = 16
 """Images on which the contract is checked."""
-ROUNDING = 1e-3
-"""Relative difference of logits that a batch of another size may make by the order of sums."""
+ROUNDING = 1e-2
+"""Relative difference of logits that a batch of another size may make: TensorFloat-32 keeps ten bits."""
 
 
 def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[Defense, list[Finding]]:
@@ -30,10 +30,10 @@ def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[
     draw = Draw(seed, torch.arange(len(x), device=device)) if defense.random else None
     with isolated_generator(seed, device):
         logits, again = (_forward(target, x, draw, dataset) for _ in range(2))
-        halves = torch.cat([_forward(target, half, _part(draw, part), dataset) for part, half in _halves(x)])
+        apart = torch.cat([_forward(target, pair, _part(draw, part), dataset) for part, pair in _pairs(x)])
     differs = float((logits != again).any(1).double().mean())
     scale = logits.abs().max().clamp(min=1e-12)
-    by_batch = float((((logits - halves).abs() / scale).amax(1) > ROUNDING).double().mean())
+    by_batch = float((((logits - apart).abs() / scale).amax(1) > ROUNDING).double().mean())
     declared = "random" if defense.random else "deterministic"
     findings = [
         Finding(
@@ -47,9 +47,11 @@ def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[
     return (Plain(defense, random=True).eval() if differs and not defense.random else defense), findings
 
 
-def _halves(x: Tensor) -> list[tuple[slice, Tensor]]:
-    middle = (len(x) + 1) // 2
-    return [(part, x[part]) for part in (slice(0, middle), slice(middle, None)) if len(x[part])]
+def _pairs(x: Tensor) -> list[tuple[slice, Tensor]]:
+    """Return the images in batches of two: statistics of so few differ, and one alone makes some layers fail."""
+    starts = range(0, max(len(x) - 1, 1), 2)
+    parts = [slice(start, len(x) if start == starts[-1] else start + 2) for start in starts]
+    return [(part, x[part]) for part in parts]
 
 
 def _part(draw: Draw | None, part: slice) -> Draw | None:

@@ -85,7 +85,8 @@ def examine(
 ) -> Diagnosis:
     """Look for signs that a defense's gradients are masked; the target's modules are put in evaluation mode.
 
-    The checks cost some 400 passes through the defense an image, and 900 where it is random.
+    The checks cost about 270 forwards and 230 backwards an image and member, twice that where the defense is random, and
+    the queries of the gradient-free attack.
 
     Args:
         target: the defense.
