@@ -15,13 +15,13 @@ from robench.errors import UserError
 from robench.estimate import Estimate
 from robench.examination import Examination, Member, Run
 from robench.findings import ATHALYE, CARLINI, EOT, PINTOR, TRANSFER, Finding, clearly_lower, share, skipped
-from robench.gradient_checks import cosines
+from robench.gradient_checks import FEW, cosines
 from robench.threat import ThreatModel
 
 LEFT = 0.1
 """Robust accuracy that may be left without a bound: a guess among ten classes."""
 GAIN = 0.1
-"""What another loss, more steps, restarts or draws may break without suspicion: honest models lose up to about 6 points so."""
+"""What another loss, more steps, restarts or draws may break without suspicion: honest models on digits lost up to 4 points so."""
 LATE = 0.3
 """Share of the whole rise of the loss that may fall in the last fifth of the steps: an even rise has 0.2 there."""
 AGREEMENT, SURROGATE_COSINE = 0.8, 0.2
@@ -164,7 +164,11 @@ def optimisation(e: Examination) -> Finding:
 
 
 def _late_rise(run: Run) -> float:
-    """Return the median share of the highest loss's rise in the last fifth of the steps, where the example withstood."""
+    """Return the median share of the highest loss's rise in the last fifth of the steps, where the example withstood; 0 where few
+    did, whose median says nothing.
+    """
+    if run.share <= FEW:
+        return 0.0
     highest = run.losses[run.correct > 0.5].cummax(1).values
     rise = highest[:, -1] - highest[:, 0]
     late = highest[:, -1] - highest[:, highest.shape[1] * 4 // 5]
