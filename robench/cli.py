@@ -187,6 +187,50 @@ def evaluate(
 
 
 @main.command()
+@click.argument("target")
+@_dataset
+@click.option("--threat", default="Linf:8/255", show_default=True, help="Norm (Linf, L2, L1) and budget.")
+@click.option("--n", type=int, help="The first N test examples.  [default: 100, or all where there are fewer]")
+@_scale
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the doctor's attacks.")
+@click.option("--training-seed", type=SEED, default=0, show_default=True, help="Which trained copy of a defense of the zoo.")
+@_device
+@_cache_dir
+@_plugins
+@click.option("--json", "json_file", metavar="FILE", help="Write the findings to FILE, or with - alone to stdout.")
+def doctor(
+    target: str, dataset: str, threat: str, n: int | None, scale: "Scale | None", seed: int, training_seed: int, device: str | None,
+    cache_dir: Path | None, plugins: tuple[Path, ...], json_file: str | None,
+) -> int:  # fmt: skip
+    """Look for signs that TARGET's robustness is an artefact of masked gradients; exit code 1 where it likely is."""
+    from robench import console, data, doctor, targets, workbench
+    from robench.threat import ThreatModel
+
+    # Whatever is wrong should show before anything is trained.
+    within = ThreatModel.parse(threat)
+    doctor.check_budget(within)
+    cache, device = _writable(cache_folder(cache_dir)), _available(device)
+    to_stdout = json_file == "-"
+    json_path = Path(json_file) if json_file and not to_stdout else None
+    if json_path:
+        _writable(json_path.parent)
+    _load_plugins(plugins)
+    split, scale = data.load(dataset, "test"), scale or workbench.default_scale(dataset)
+    examples = split.first(min(len(split), doctor.EXAMPLES) if n is None else n)
+    with console.progress() as progress:
+        resolved = targets.resolve(target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress)
+        diagnosis = doctor.examine(resolved, examples, within, seed=seed, device=device, progress=progress)
+    if json_path:
+        write_atomic(json_path, doctor.as_json(diagnosis))
+    if to_stdout:
+        click.echo(doctor.as_json(diagnosis), nl=False)
+    else:
+        console.show(doctor.as_table(diagnosis))
+    console.show_facts(doctor.facts(diagnosis), err=to_stdout)
+    return 1 if diagnosis.decided_by else 0
+
+
+@main.command()
 @click.option("--format", "style", type=click.Choice(["table", "md", "json", "csv"]), default="table", show_default=True)
 @click.option("--out", type=PATH, help="Write to this file instead of stdout.")
 @click.option("--dataset", help="Only this data set.")

@@ -4,7 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
+from robench import data, noise
+from robench.data import as_float
 from robench.estimate import Estimate
 from robench.record import Proportion, Record
 
@@ -68,3 +73,36 @@ def make_record() -> Callable[..., Record]:
         return Record.model_validate(_merged(base, changes))
 
     return build
+
+
+def _fitted(features: Tensor, labels: Tensor) -> nn.Linear:
+    """Return the linear layer of least squared error (ridge) from features (N, F) to ten classes, its logits of a few units."""
+    inputs = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
+    targets = functional.one_hot(labels, 10).double()
+    weights = torch.linalg.solve(inputs.T @ inputs + 10 * torch.eye(inputs.shape[1], dtype=torch.float64), inputs.T @ targets)
+    layer = nn.Linear(features.shape[1], 10)
+    with torch.no_grad():
+        layer.weight.copy_(8 * weights[:-1].T)
+        layer.bias.copy_(8 * weights[-1])
+    return layer
+
+
+@pytest.fixture(scope="session")
+def linear_network() -> nn.Module:
+    """A linear classifier of the digits in closed form; its parameters take no gradient."""
+    split = data.load("digits", "train")
+    return nn.Sequential(nn.Flatten(), _fitted(as_float(split.images).flatten(1), split.labels)).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def networks() -> list[nn.Module]:
+    """Three classifiers of the digits of two layers, the first random and the second in closed form, without robustness."""
+    split = data.load("digits", "train")
+    x = as_float(split.images).flatten(1)
+    made: list[nn.Module] = []
+    for seed in range(3):
+        with noise.isolated_generator(seed), torch.no_grad():
+            first = nn.Linear(x.shape[1], 300)
+            last = _fitted(functional.relu(first(x)), split.labels)
+        made.append(nn.Sequential(nn.Flatten(), first, nn.ReLU(), last).requires_grad_(False).eval())
+    return made

@@ -1,0 +1,85 @@
+"""The doctor's checks before any attack: whether a defense is what it declares itself to be."""
+
+import torch
+from torch import Tensor
+
+from robench import targets
+from robench.data import Dataset, as_float
+from robench.defense import Defense, Plain
+from robench.errors import UserError
+from robench.findings import CARLINI, Finding
+from robench.noise import Draw, isolated_generator
+from robench.targets import Target
+
+TRIED = 16
+"""Images on which the contract is checked."""
+ROUNDING = 1e-2
+"""Relative difference of logits that a batch of another size may make: TensorFloat-32 keeps ten bits."""
+
+
+def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[Defense, list[Finding]]:
+    """Return the defense in evaluation mode, ready for attacks, and what it declares wrongly.
+
+    One that is random and does not say so comes back as a random defense without structure, so that attacks average its draws.
+
+    Raises:
+        UserError: if the model fails on the data set's images, or its logits do not fit or are not finite.
+    """
+    defense = target.defense.to(device).eval()
+    x = as_float(dataset.images[:TRIED]).to(device)
+    draw = Draw(seed, torch.arange(len(x), device=device)) if defense.random else None
+    with isolated_generator(seed, device):
+        logits, again = (_forward(target, x, draw, dataset) for _ in range(2))
+        apart = torch.cat([_forward(target, pair, _part(draw, part), dataset) for part, pair in _pairs(x)])
+    differs = float((logits != again).any(1).double().mean())
+    scale = logits.abs().max().clamp(min=1e-12)
+    by_batch = float((((logits - apart).abs() / scale).amax(1) > ROUNDING).double().mean())
+    declared = "random" if defense.random else "deterministic"
+    findings = [
+        Finding(
+            "declaration", {"differ": differs}, differs > 0,
+            f"share of images whose logits differ between two forwards, for a defense declared {declared}"
+            + (", on the same draw" if defense.random else ""), CARLINI,
+        ),
+        _mode(defense, by_batch if differs == 0 else 0.0),
+        _probabilities(logits),
+    ]  # fmt: skip
+    return (Plain(defense, random=True).eval() if differs and not defense.random else defense), findings
+
+
+def _pairs(x: Tensor) -> list[tuple[slice, Tensor]]:
+    """Return the images in batches of two: statistics of so few differ, and one alone makes some layers fail."""
+    starts = range(0, max(len(x) - 1, 1), 2)
+    parts = [slice(start, len(x) if start == starts[-1] else start + 2) for start in starts]
+    return [(part, x[part]) for part in parts]
+
+
+def _part(draw: Draw | None, part: slice) -> Draw | None:
+    return None if draw is None else Draw(draw.seed, draw.examples[part], draw.number)
+
+
+@torch.no_grad()
+def _forward(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Tensor:
+    try:
+        logits: Tensor = target.defense(x, draw)
+    except Exception as error:  # a stranger's code may fail in any way
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{target.name} fails on images of shape {tuple(x.shape)} of {dataset.name}: {line}") from error
+    targets.check_classes(target, tuple(logits.shape), dataset)
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(f"{target.name} returns logits that are not finite (NaN or infinity) on clean images of {dataset.name}")
+    return logits.float()
+
+
+def _mode(defense: Defense, by_batch: float) -> Finding:
+    training = sum(module.training for module in defense.modules())
+    values = {"modules in training mode": float(training), "depend on the batch": by_batch}
+    meaning = "modules that stay in training mode after eval(), and share of images whose logits depend on the others in the batch"
+    return Finding("evaluation mode", values, max(values.values()) > 0, meaning, CARLINI)
+
+
+def _probabilities(logits: Tensor) -> Finding:
+    sums_to_one = ((logits >= 0).all(1) & (logits <= 1).all(1) & ((logits.sum(1) - 1).abs() < 1e-4)).double()
+    values = {"rows that are probabilities": float(sums_to_one.mean())}
+    meaning = "share of outputs in [0, 1] that sum to 1: the softmax of probabilities is flat; return log-probabilities"
+    return Finding("probabilities", values, values["rows that are probabilities"] == 1, meaning, CARLINI, decisive=False)
