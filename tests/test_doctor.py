@@ -10,17 +10,17 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from robench import attack_checks, data, doctor, noise, targets
+from robench import data, doctor, noise, targets
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
 from robench.attacks import Attack
 from robench.cli import main
 from robench.data import Dataset
 from robench.defense import Defense, Ensemble
-from robench.doctor import Diagnosis
+from robench.doctor import Diagnosis, attack_checks
+from robench.doctor.examination import Examination, Run
+from robench.doctor.finding import Finding, clearly_lower
 from robench.errors import UserError
 from robench.estimate import Estimate
-from robench.examination import Examination, Run
-from robench.findings import Finding, clearly_lower
 from robench.noise import Draw
 from robench.threat import ThreatModel
 

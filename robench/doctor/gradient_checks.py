@@ -11,8 +11,8 @@ from torch import Tensor
 
 from robench import noise
 from robench.attacks.steps import steepest
-from robench.examination import Examination
-from robench.findings import ATHALYE, CARLINI, EOT, PINTOR, Finding, share, skipped
+from robench.doctor.examination import Examination
+from robench.doctor.finding import ATHALYE, CARLINI, EOT, PINTOR, Finding, share, skipped
 from robench.noise import Draw
 
 FEW = 0.1

@@ -6,8 +6,8 @@ from torch import Tensor
 from robench import targets
 from robench.data import Dataset, as_float
 from robench.defense import Defense, Plain
+from robench.doctor.finding import CARLINI, Finding
 from robench.errors import UserError
-from robench.findings import CARLINI, Finding
 from robench.noise import Draw, isolated_generator
 from robench.targets import Target
 

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from robench import attack_checks, console, contract_checks, gradient_checks
+from robench import console
 from robench.data import Dataset
+from robench.doctor import attack_checks, contract_checks, gradient_checks
+from robench.doctor.examination import Examination
+from robench.doctor.finding import Finding
 from robench.errors import UserError
 from robench.estimate import Estimate
-from robench.examination import Examination
-from robench.findings import Finding
 from robench.noise import isolated_generator
 from robench.targets import Target
 from robench.threat import ThreatModel

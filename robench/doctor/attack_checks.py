@@ -11,11 +11,11 @@ import torch
 from robench import attacks
 from robench.attacks import mean_surrogate
 from robench.defense import Defense
+from robench.doctor.examination import Examination, Member, Run
+from robench.doctor.finding import ATHALYE, CARLINI, EOT, PINTOR, TRANSFER, Finding, clearly_lower, share, skipped
+from robench.doctor.gradient_checks import FEW, cosines
 from robench.errors import UserError
 from robench.estimate import Estimate
-from robench.examination import Examination, Member, Run
-from robench.findings import ATHALYE, CARLINI, EOT, PINTOR, TRANSFER, Finding, clearly_lower, share, skipped
-from robench.gradient_checks import FEW, cosines
 from robench.threat import ThreatModel
 
 LEFT = 0.1
