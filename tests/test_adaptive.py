@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robench import attacks, losses
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
+from robench.attacks.objective import evaluate_point
 from robench.attacks.views import Smoothed, StraightThrough
 from robench.cost import counted
 from robench.defense import Defense, Ensemble, as_defense
@@ -91,12 +93,31 @@ def run(name: str, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel =
     return attacks.parse(name).run(defense.eval(), x, y, threat, examples=IDS[: len(x)], seed=0)
 
 
+class Softmax(Defense):
+    """One network whose probabilities are 1 to the last bit, so that they have no gradient; its logits have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Network(0)
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        return 100 * self.network(x)[:, None]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return logits[:, 0].softmax(-1)
+
+    def members(self) -> list[nn.Module]:
+        return [self.network]
+
+
 MASKED: dict[str, Callable[[], nn.Module]] = {
     "saturated logits": lambda: Wrapped(after=lambda z: 1e4 * z),
     "rounded logits": lambda: Wrapped(after=lambda z: torch.round(4 * z) / 4),
     "quantised images": lambda: Wrapped(before=lambda x: torch.round(8 * x) / 8),
+    "thermometer code": lambda: Wrapped(before=lambda x: (x[..., None] > torch.linspace(0.05, 0.95, 10)).float().mean(-1)),
     "detached images": lambda: Wrapped(before=lambda x: x.detach()),
     "ripples": Ripples,
+    "probabilities": Softmax,
     "vote": lambda: Ensemble([Network(number) for number in range(3)], majority_vote),
     "CrossMax": lambda: Ensemble([Network(number) for number in range(3)], crossmax),
 }
@@ -116,7 +137,7 @@ def test_adaptive_breaks_what_only_hides_its_gradient(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "stage"), [
     ("vote", "mean of logits"), ("quantised images", "straight-through prediction"), ("detached images", "straight-through prediction"),
-    ("ripples", "smoothed prediction"),
+    ("thermometer code", "straight-through prediction"), ("probabilities", "mean of logits"),
 ])  # fmt: skip
 def test_the_composition_made_for_a_mask_is_what_breaks_it(kind: str, stage: str) -> None:
     """Those before it leave something standing, or it would not have been needed."""
@@ -132,7 +153,7 @@ def test_an_honest_model_pays_for_no_view_it_does_not_need() -> None:
         run("adaptive,steps=5,queries=1", defense, x, predicted(defense, x), ThreatModel.parse("Linf:0.001"))
     # Prediction, three targets, onward: ascents of 6 forwards and a judgement each; the rest is what decides.
     assert not any(bool(first.any()) for first in found.stages.values())
-    assert cost.forwards <= len(x) * (1 + 5 * 7 + 4 + 2 + 4)
+    assert cost.forwards <= len(x) * (1 + 5 * 7 + 4 + 2 + 5)
     assert cost.backwards <= len(x) * (5 * 5 + 4)
 
 
@@ -209,6 +230,20 @@ def test_straight_through_is_the_identitys_gradient_and_ends_with_the_pass() -> 
     torch.testing.assert_close(gradient, expected)
     (after,) = torch.autograd.grad(torch.round(x).sum(), x)
     assert not after.any()
+
+
+def test_a_smoothed_gradient_is_the_wider_landscapes() -> None:
+    """Where the ripples' own has nothing to do with it."""
+    rippled, x, y = as_defense(Ripples()), images(), torch.zeros_like(IDS)
+
+    def gradient(defense: Defense, draws: int = 1) -> Tensor:
+        point = evaluate_point(defense, x, y, lambda z: losses.margin(z, y), examples=IDS, seed=0, numbers=range(draws))
+        return point.gradient.flatten(1)
+
+    true = gradient(as_defense(Network(0)))
+    own, smoothed = gradient(rippled), gradient(Smoothed(rippled, 0.02), draws=2000)
+    assert float(functional.cosine_similarity(own, true).abs().mean()) < 0.2
+    assert float(functional.cosine_similarity(smoothed, true).mean()) > 2 * float(functional.cosine_similarity(own, true).abs().mean())
 
 
 def test_smoothing_averages_over_its_draws() -> None:

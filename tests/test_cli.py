@@ -187,6 +187,29 @@ def test_json_on_stdout_is_the_record_alone(evaluate: Robench) -> None:
     Record.model_validate_json(result.stdout)
 
 
+@pytest.mark.parametrize("budget", [("--max-passes", "1"), ("--time", "0.000001")])
+def test_an_evaluation_within_a_budget_says_that_it_is_partial(evaluate: Robench, budget: tuple[str, str]) -> None:
+    result = evaluate("--batch-size", "8", "--json", "-", *budget)
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    assert made["robust_accuracy"]["n"] == made["dataset"]["n"] == 8
+    assert made["partial"].startswith("stopped after 8 of 20 examples")
+    assert f"partial          {made['partial']}" in result.stderr
+
+
+def test_a_universal_perturbation_is_drawn(robench: Robench, tmp_path: Path) -> None:
+    options = ("--attack", "universal,steps=3,images=20", "--n", "10", "--device", "cpu", "--figure", "figures/delta.png")
+    result = robench("evaluate", "models.py:build", *options)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "figures" / "delta.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_stages_of_an_attack_are_shown(robench: Robench) -> None:
+    result = robench("evaluate", "models.py:build", "--attack", "autoattack,steps=3,queries=3", "--n", "10", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "\n  first fooled by apgd-ce" in result.stdout
+
+
 def test_the_same_command_gives_the_same_record(evaluate: Robench, tmp_path: Path) -> None:
     runs = [evaluate("--json", "-", "--cache-dir", cache) for cache in ("one", "two", "two")]
     first, again, resumed = (record.identity(Record.model_validate_json(run.stdout)) for run in runs)
@@ -330,6 +353,9 @@ def test_an_interrupt_is_one_line(robench: Robench, monkeypatch: pytest.MonkeyPa
         (["claims", "--records", "nowhere"], "the folder of records nowhere does not exist"),
         (["data", "fetch", "cifar11"], "did you mean 'cifar10'"),
         (["data", "add", "mine", "--from", "nowhere"], "nowhere is not a folder"),
+        (["evaluate", "natural", "--figure", "a.png"], "--figure draws what a universal attack learns"),
+        (["evaluate", "natural", "--attack", "universal", "--figure", "a.txt"], "to a .png or .svg file"),
+        (["evaluate", "natural", "--time", "0"], "--time"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

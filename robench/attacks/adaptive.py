@@ -192,6 +192,11 @@ def _ce(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
     return cross_entropy(logits.float(), y)
 
 
+def _sharp_ce(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy at one scale whatever the logits': never so large that its gradient rounds to zero."""
+    return _ce(4 * logits / _spread(logits), y, target)
+
+
 def _margin(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
     return margin(logits, y) / _spread(logits)[:, 0]
 
@@ -212,14 +217,15 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
         seed: the attack's seed.
     """
     direct = [Composition("prediction", _ce), Composition("prediction towards targets", _towards, targets=towards)]
+    # The aggregation of one predictor may hide its gradient too, as a softmax does.
+    mean = Composition("mean of logits", _sharp_ce, mean_of_logits, applies=partial(_is_no_mean, defense, seed))
     structure = [
-        Composition("mean of logits", _ce, mean_of_logits, applies=partial(_is_no_mean, defense, seed)),
-        Composition("mean of probabilities", _ce, mean_of_probabilities),
+        Composition("mean of probabilities", _sharp_ce, mean_of_probabilities),
         Composition("members' margins", _members_margins, lambda shown: shown),
         Composition("all members towards targets", _all_towards, lambda shown: shown, targets=towards),
-        *(Composition(f"member {number + 1}", _ce, _member(number)) for number in range(predictors)),
+        *(Composition(f"member {number + 1}", _sharp_ce, _member(number)) for number in range(predictors)),
     ] if predictors > 1 else []  # fmt: skip
-    frozen = [Composition("mean of logits, fixed noise", _ce, mean_of_logits, fixed=True)] if defense.random else []
+    frozen = [Composition("mean of logits, fixed noise", _sharp_ce, mean_of_logits, fixed=True)] if defense.random else []
     flat = partial(_has_flat_steps, defense, seed)
     straight = [Composition("straight-through prediction", _margin, view=StraightThrough, applies=flat)]
     if predictors > 1:
@@ -227,8 +233,8 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
     shattered = partial(_is_shattered, defense, threat, seed)
     smooth = Composition("smoothed prediction", _margin, view=lambda d: Smoothed(d, deviation), applies=shattered)
     onward = Composition("onward from the best", _margin, onward=True)
-    first = structure[:1] + frozen + direct + structure[1:] if defense.random else direct + structure
-    return [*first, *straight, smooth, onward]
+    first = [mean, *frozen, *direct] if defense.random else [*direct, mean]
+    return [*first, *structure, *straight, smooth, onward]
 
 
 def _gradient(defense: Defense, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ et al. (budget by difficulty, arXiv 2203.05154). An example's *reach* is the mar
 from the clean image so far: where that is large, more steps do not help, and where it is small, they are worth spending.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from robench.attacks.ascent import Plan, ascend
 from robench.attacks.objective import Guide, evaluate_point, image_gradient
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
+from robench.attacks.views import StraightThrough
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.losses import margin
@@ -23,7 +26,7 @@ TIERS = ((1.0, 1, 10), (0.4, 2, 15), (0.15, 9, 20))
 """Which examples are attacked towards how many targets with how many steps: the last tier whose reach is not exceeded counts."""
 ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
 """Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
-STAGES = ("margin", "mean of logits", "targets", "onward", "square")
+STAGES = ("margin", "mean of logits", "targets", "onward", "straight-through", "square")
 JUDGING = range(2**30, 2**30 + 10)
 """Draws that judge a random defense's images; no ascent takes them."""
 DUAL = {"Linf": 1.0, "L2": 2.0, "L1": float("inf")}
@@ -48,8 +51,8 @@ def fast(
 
     First `steps` on the margin of the prediction (and, where predictors are combined by anything but their mean, of the mean of
     their logits); then towards target classes in the order of their estimated distance, for the examples within reach; then
-    onward from the best image, for those in close reach. Where the gradient leads nowhere, Square spends `queries`. A random
-    defense is attacked on all examples with `draws` at each step, of which only the first stage and one onward make sense.
+    onward from the best image, for those in close reach. Where the gradient leads nowhere, it is made straight-through, and Square
+    spends `queries`. A random defense is attacked on all examples, by the first ascents and one onward, with `draws` at each step.
 
     Args beyond every attack's: `steps`, `draws`, `queries`.
 
@@ -76,6 +79,7 @@ def fast(
                 search.ascend("targets", within, length, target=order[:, rank])
     for reach, length, first_step in ONWARD:
         search.ascend("onward", search.standing & (search.reach < reach), length, target=search.goal, onward=first_step)
+    search.ascend("straight-through", search.standing & masked, 2 * steps, view=StraightThrough)
     index = (search.standing & masked).nonzero()[:, 0]
     if queries and len(index):
         x_adv = square(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=queries)
@@ -130,7 +134,15 @@ class _Search:
         return logits.scatter(1, y[:, None], -torch.inf).argmax(1)
 
     def ascend(
-        self, name: str, held: Tensor, steps: int, *, target: Tensor | None = None, guide: Guide | None = None, onward: float | None = None
+        self,
+        name: str,
+        held: Tensor,
+        steps: int,
+        *,
+        target: Tensor | None = None,
+        guide: Guide | None = None,
+        onward: float | None = None,
+        view: Callable[[Defense], Defense] = lambda defense: defense,
     ) -> None:
         """Ascend for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first step."""
         self.runs += 1
@@ -143,7 +155,7 @@ class _Search:
         start = self.best[index] if onward is not None else self.threat.random_start(x, examples, self.seed, f"start/fast/{self.runs}")
         goal = (self.goal if target is None else target)[index]
         # A run's number keeps its draws apart from those of every shorter or longer run.
-        x_adv = ascend(plan, 1000 * self.runs, self.defense, x, y, goal, self.threat, start, examples, self.seed)
+        x_adv = ascend(plan, 1000 * self.runs, view(self.defense), x, y, goal, self.threat, start, examples, self.seed)
         self.see(name, index, x_adv)
 
     def see(self, name: str, index: Tensor, x_adv: Tensor) -> None:

@@ -37,7 +37,8 @@ class _View(Defense):
 
 
 class StraightThrough(_View):
-    """The defense with the gradient of the identity through every step that has none: rounding, signs, detached tensors.
+    """The defense with a gradient through every step that has none: the identity's through rounding, signs and detached tensors,
+    a sigmoid's through comparisons that are made numbers.
 
     Outputs are the defense's own. Steps that replace their input in place are left as they are.
     """
@@ -86,20 +87,47 @@ class _Identity(torch.autograd.Function):
         return gradients[0], None
 
 
-_FLAT: set[Callable[..., Any]] = {
-    function for name in ("round", "floor", "ceil", "trunc", "fix", "sign") for function in (getattr(torch, name), getattr(Tensor, name))
-}
-_CUT: set[Callable[..., Any]] = {torch.detach, Tensor.detach}
+def _methods(*names: str) -> set[Callable[..., Any]]:
+    """Return torch's functions and tensor methods of these names."""
+    return {getattr(owner, name) for name in names for owner in (torch, Tensor) if hasattr(owner, name)}
+
+
+_FLAT = _methods("round", "floor", "ceil", "trunc", "fix", "sign")
+_CUT = _methods("detach")
+_GREATER, _LESS = (
+    _methods("gt", "ge", "greater", "greater_equal", "__gt__", "__ge__"),
+    _methods("lt", "le", "less", "less_equal", "__lt__", "__le__"),
+)
+_CAST = _methods("float", "double", "half", "bfloat16", "to", "type")
+
+WIDTH = 0.1
+"""Of the sigmoid whose gradient a comparison is given, in the units of what is compared (of images: of the pixel range)."""
 
 
 class _IdentityGradients(TorchFunctionMode):
-    """While active, functions that are flat almost everywhere have the gradient of the identity, and nothing is detached."""
+    """While active, functions that are flat almost everywhere have the gradient of the identity, nothing is detached, and a
+    comparison that is made a number has the gradient of a sigmoid.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._compared: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, function: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        known = bool(args) and isinstance(args[0], Tensor) and args[0].requires_grad
-        if known and function in _CUT:
-            return args[0]
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if function in _CUT and first is not None and first.requires_grad:
+            return first
         result = function(*args, **(kwargs or {}))
-        return _Identity.apply(args[0], result.detach()) if known and function in _FLAT else result
+        if first is None:
+            return result
+        if function in _FLAT and first.requires_grad:
+            return _Identity.apply(first, result.detach())
+        if function in _GREATER | _LESS and any(isinstance(a, Tensor) and a.requires_grad for a in args[:2]):
+            difference = args[0] - args[1] if function in _GREATER else args[1] - args[0]
+            # The entry keeps the comparison alive, so that no other tensor takes its place in memory.
+            self._compared[id(result)] = (result, torch.sigmoid(difference / WIDTH))
+        elif function in _CAST and id(first) in self._compared and result.is_floating_point():
+            return _Identity.apply(self._compared[id(first)][1], result)
+        return result
