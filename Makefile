@@ -21,8 +21,10 @@ $(UV):
 demo: setup
 	$(BIN)/robench demo --out robench-demo
 
+# One process for each core and file of tests; the claims in one, which prints their table.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest claims
 
 lint: setup
 	$(BIN)/ruff check .
