@@ -9,6 +9,7 @@ settings on the same examples; on a random defense with `pyautoattack-rand`, who
 
 import argparse
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def compare(dataset: str, names: list[str] | None, contenders: list[str], n: int
     return table
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compare and print the table, with hardware and versions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=list(SUBJECTS), default="digits")
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--attack", action="append", help=f"beside the reference; repeatable (default {', '.join(ATTACKS)})")
     parser.add_argument("--n", type=int, default=200, help="test examples (default 200)")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
         table = compare(options.dataset, options.defense, options.attack or list(ATTACKS), options.n, cache_folder())
