@@ -22,7 +22,7 @@ from robench.losses import margin
 from robench.noise import Draw
 from robench.threat import ThreatModel
 
-TIERS = ((1.0, 1, 10), (0.4, 2, 15), (0.15, 9, 20))
+TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
 """Which examples are attacked towards how many targets with how many steps: the last tier whose reach is not exceeded counts."""
 ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
 """Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
@@ -186,17 +186,18 @@ class _Search:
         return less
 
     def nearest_targets(self, held: Tensor) -> Tensor:
-        """Return up to 9 wrong classes (B, T), the nearest first by the linearised distance at the best image.
+        """Return up to 9 wrong classes (B, T), the nearest first by the linearised distance at the clean image.
 
         The distance is the difference of logits over the dual norm of its gradient, as in FAB (arXiv 1907.02044, equation 7);
-        where `held` is false, the order is that of the clean logits.
+        where `held` is false, the order is that of the clean logits. At the best image so far the class that it was made towards would
+        look nearest, and where that leads nowhere another is wanted.
         """
         count = min(TIERS[-1][1], self.classes - 1)
         order = self.logits.scatter(1, self.y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
         index = held.nonzero()[:, 0]
         if self.defense.random or not len(index):
             return order
-        point, y = self.best[index].clone().requires_grad_(), self.y[index]
+        point, y = self.x[index].clone().requires_grad_(), self.y[index]
         logits = self.defense(point).float()
         distances = []
         for rank in range(count):
