@@ -202,6 +202,15 @@ def test_fast_spends_little_on_what_cannot_fall() -> None:
     assert cost.forwards <= len(x) * (1 + 22 + 1 + 1 + 12)
 
 
+@pytest.mark.parametrize("kind", ["quantised images", "detached images", "thermometer code"])
+def test_fast_goes_straight_through_where_there_is_no_gradient(kind: str) -> None:
+    defense, x = as_defense(MASKED[kind]()), images()
+    y = predicted(defense.eval(), x)
+    found = run("fast,queries=1", defense, x, y, ThreatModel.parse("Linf:0.06"))
+    assert int(found.stages["straight-through"].sum()) >= 6
+    assert (predicted(defense, found.x_adv) == y).sum() <= 2
+
+
 @pytest.mark.parametrize("kind", MASKED)
 def test_fast_is_no_weaker_than_a_few_steps_on_the_prediction(kind: str) -> None:
     defense, x = as_defense(MASKED[kind]()), images()

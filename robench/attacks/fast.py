@@ -173,7 +173,7 @@ class _Search:
         self.stages[name][index[fooled & better]] = True
 
     def gains_less_than(self, share: float) -> Tensor:
-        """Say which standing examples gained less than a share of the budget times the clean gradient's dual norm: bool (B,)."""
+        """Say which standing examples gained less than a share of what the clean gradient promises, or have none: bool (B,)."""
         less, index = torch.zeros_like(self.fooled), self.standing.nonzero()[:, 0]
         if len(index):
             y = self.y[index]
@@ -181,8 +181,9 @@ class _Search:
                 self.defense, self.x[index], y, lambda logits: margin(logits, y),
                 examples=self.examples[index], seed=self.seed, numbers=range(1),
             )  # fmt: skip
-            promised = self.threat.epsilon * point.gradient.flatten(1).norm(p=DUAL[self.threat.norm], dim=1)
-            less[index] = (self.margin - self.clean_margin)[index] <= share * promised
+            slope = point.gradient.flatten(1).norm(p=DUAL[self.threat.norm], dim=1)
+            # Without a gradient, what was gained came from the random start.
+            less[index] = ((self.margin - self.clean_margin)[index] < share * self.threat.epsilon * slope) | (slope < 1e-12)
         return less
 
     def nearest_targets(self, held: Tensor) -> Tensor:
