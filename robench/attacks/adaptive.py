@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from robench.aggregate import mean_of_logits, mean_of_probabilities
 from robench.attacks.ascent import Plan, TargetedLoss, ascend
+from robench.attacks.fast import fast
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
@@ -74,9 +75,9 @@ def adaptive(
 ) -> Found:
     """Attack through the prediction, its surrogates, its members and its gradient-free end, and keep the worst of each example.
 
-    An example is done when it is misclassified: on all of ten judging draws for a random defense, of which otherwise the image
-    misclassified on most draws is kept. `Found.stages` counts the examples that a composition was the first to finish; for a random
-    defense those whose kept image is the composition's.
+    A deterministic defense is put to `fast` first. An example is done when it is misclassified: on all of ten judging draws for a
+    random defense, of which otherwise the image misclassified on most draws is kept. `Found.stages` counts the examples that a
+    composition was the first to finish; for a random defense those whose kept image is the composition's.
 
     Args beyond every attack's: `steps` of each ascent, `draws` averaged at each step (of a random or a smoothed defense), `targets`,
     the most likely wrong classes that are aimed at, and `queries` of the Square attack at the end.
@@ -86,6 +87,11 @@ def adaptive(
     best, run, values = _Best(defense, x, y, examples, seed), count(), x[0].numel()
     if best.classes < 2:
         raise UserError("an attack needs at least 2 classes, and this defense has 1")
+    index = best.pending.nonzero()[:, 0]
+    if not defense.random and len(index):
+        images = fast(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=min(queries, 300)).x_adv
+        best.see("fast", index, images)
+    best.stages.setdefault("fast", torch.zeros_like(best.pending))
     deviation = SMOOTHING * threat.epsilon / {"Linf": 1, "L2": values**0.5, "L1": values}[threat.norm]
     for composition in compositions(defense, best.predictors, min(targets, best.classes - 1), threat, deviation, seed):
         _run(composition, next(run) * max(targets, 1), defense, x, threat, best, seed, steps, draws)
