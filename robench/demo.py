@@ -15,7 +15,6 @@ from robench import claim, leaderboard, record, verdicts
 from robench.attacks import registered
 from robench.claim import Accuracy, Claim
 from robench.errors import UserError
-from robench.figures import accuracy_curves
 from robench.record import Record, clean_estimate, robust_estimate
 from robench.workbench import Workbench
 from robench.zoo import entries
@@ -108,7 +107,7 @@ def _prepare_one(name: str, accuracies: Sequence[Accuracy], cache: Path | None, 
 
 def curve_attacks(name: str) -> dict[str, str]:
     """Return the attacks of a defense's curves by the text that the figure names each with."""
-    through_the_mean = {f"{name},\nattacked through the mean of its heads": "mean-transfer-10,draws=2"}
+    through_the_mean = {f"{name},\nattacked through the mean of its heads": "mean-transfer-20,draws=2"}
     return {name: "pgd-10"} | (through_the_mean if name == CURVE[-1] else {})
 
 
@@ -122,6 +121,9 @@ def curve_records(bench: Workbench, name: str) -> dict[str, list[Record]]:
 
 def draw_figure(bench: Workbench, path: Path) -> None:
     """Measure accuracy against epsilon for the cast and draw it."""
+    # The processes that train have no use for matplotlib, which takes a second to import.
+    from robench.figures import accuracy_curves
+
     curves = {}
     for name in CURVE:
         for label, records in curve_records(bench, name).items():
