@@ -27,11 +27,15 @@ STATUS_OF: dict[Verdict, Status] = {"reproduced": "holds", "not reproduced": "br
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The accuracy of a defense of the zoo: clean where `threat` is None, else robust accuracy under `attack`."""
+    """The accuracy of a defense of the zoo: clean where `threat` is None, else robust accuracy under `attack`.
+
+    `against` names attacks that the claim is held against beside those that every claim of its scale is.
+    """
 
     defense: str
     threat: str | None = None
     attack: str | None = None
+    against: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ def clean(defense: str) -> Quantity:
     return Quantity(((1.0, Accuracy(defense)),))
 
 
-def robust(defense: str, threat: str, attack: str) -> Quantity:
-    """Return the robust accuracy of a defense of the zoo within a threat model under an attack."""
-    return Quantity(((1.0, Accuracy(defense, threat, attack)),))
+def robust(defense: str, threat: str, attack: str, against: tuple[str, ...] = ()) -> Quantity:
+    """Return the robust accuracy of a defense of the zoo within a threat model under an attack, held `against` further ones."""
+    return Quantity(((1.0, Accuracy(defense, threat, attack, against)),))
 
 
 @dataclass(frozen=True)

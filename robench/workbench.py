@@ -97,7 +97,9 @@ class Workbench:
     def settled_by_records(self, accuracy: Accuracy, seed: int) -> bool:
         """Return whether the known records settle an accuracy, so that nothing needs to be measured."""
         known = claim.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
-        return len(known) >= (1 if accuracy.threat is None else 2)
+        against = [attacks.parse(text) for text in accuracy.against]
+        tried = [(r.attack.name, r.attack.parameters) for r in known]
+        return len(known) >= (1 if accuracy.threat is None else 2) and all((a.name, dict(a.parameters)) in tried for a in against)
 
     def find(self, accuracy: Accuracy, seed: int) -> Sequence[Record]:
         """Return the records of an accuracy, measuring the paper's attack and the strongest ones where they are missing."""
@@ -106,4 +108,6 @@ class Workbench:
             self.measured(accuracy.defense, accuracy.threat or "Linf:0", accuracy.attack or "fgsm", seed)
             if accuracy.threat is not None:
                 self.strongest(accuracy.defense, accuracy.threat, seed)
+                for attack in accuracy.against:
+                    self.measured(accuracy.defense, accuracy.threat, attack, seed)
         return claim.matching(self.records, accuracy, self.dataset_name, self.scale, seed)

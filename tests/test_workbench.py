@@ -32,6 +32,13 @@ def test_nothing_is_measured_twice(bench: Workbench, monkeypatch: pytest.MonkeyP
     assert len(bench.find(accuracy, 0)) == 2
 
 
+def test_a_claim_may_be_held_against_further_attacks(bench: Workbench) -> None:
+    accuracy = Accuracy("natural", "Linf:16/255", "pgd-2", against=("mean-transfer-3",))
+    assert not bench.settled_by_records(accuracy, 0)
+    assert "mean-transfer-3" in [f"{r.attack.name}" for r in bench.find(accuracy, 0)]
+    assert bench.settled_by_records(accuracy, 0)
+
+
 def test_a_clean_accuracy_needs_any_record(bench: Workbench) -> None:
     assert bench.settled_by_records(Accuracy("natural"), 0)
 

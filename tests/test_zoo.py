@@ -148,10 +148,26 @@ def start(specimen: Specimen, number: int) -> tuple[str, Any, int, tuple[str, ..
         ("robust,eps=0.4", "composite,eps=0.4"),
         ("composite", "composite_pair"),
         ("multires", "multires_self_ensemble"),
+        ("multires_self_ensemble", "multires_ablation"),
     ],
 )
 def test_defenses_share_their_first_stage(one: str, other: str, scale: Scale) -> None:
     assert start(built(one, scale), 0) == start(built(other, scale), 0)
+
+
+def test_an_ablation_is_the_self_ensemble_with_parts_taken_away() -> None:
+    whole = built("multires_self_ensemble").defense
+    x = images("smoke")
+    with torch.no_grad():
+        same = built("multires_ablation,noise=fresh,aggregation=crossmax").defense
+        assert torch.equal(same(x, draw(2)), whole(x, draw(2)))
+        fewer = built("multires_ablation,noise=fresh,heads=2").defense
+        assert torch.equal(fewer.predictors(x, draw(2)), whole.predictors(x, draw(2))[:, -2:])
+        assert torch.allclose(fewer(x, draw(2)), whole.predictors(x, draw(2))[:, -2:].mean(1))
+        # One and the same noise for every image, wherever it stands in whatever batch.
+        fixed = built("multires_ablation").defense
+        assert torch.allclose(fixed(x.flip(0), draw(1)).flip(0), fixed(x, draw(2)), atol=1e-5)
+        assert torch.allclose(fixed(x[:1].repeat(3, 1, 1, 1)).std(0), torch.zeros(10), atol=1e-5)
 
 
 def test_members_start_apart() -> None:
@@ -291,6 +307,10 @@ def test_a_wrong_name_is_an_error_of_one_line(text: str, message: str) -> None:
         ("robust_average,k=2,weights=0.5/0.3/0.2", "must be 2 numbers"),
         ("multires,variant=as_dreamt", "variant 'as_dreamt' is not one of as_published, as_described"),
         ("multires_self_ensemble,k=1", "k = 1 must be between 2 and the number of predictors, 5"),
+        ("multires_ablation,noise=off", "noise 'off' is not one of fresh, fixed"),
+        ("multires_ablation,aggregation=vote", "aggregation 'vote' is not one of crossmax, kth_highest, median_of_logits, mean_of_logits"),
+        ("multires_ablation,heads=6", "heads = 6 must be between 1 and the number of predictors, 5, or 0 for all"),
+        ("multires_ablation,aggregation=crossmax,heads=2,k=3", "k = 3 must be between 2 and the number of predictors, 2"),
         ("natural,backbone=vgg", "unknown backbone 'vgg'"),
     ],
 )

@@ -184,7 +184,7 @@ def _head_recipe(setting: Setting) -> Recipe:
     )  # fmt: skip
 
 
-def _self_ensemble(
+def self_ensemble(
     setting: Setting, backbone: str | None, k: int, variant: str, light_adversarial: bool, member: int = 0, path: str = ""
 ) -> tuple[SelfEnsemble, list[Stage]]:
     """Return a self-ensemble and its stages: the backbone, then the heads on the frozen backbone, on clean images."""
@@ -219,19 +219,19 @@ def multires_adv(setting: Setting, *, variant: str = "as_published", backbone: s
 @register(paper=ENSEMBLE_EVERYTHING, version=1)
 def multires_self_ensemble(setting: Setting, *, k: int = 3, variant: str = "as_published", backbone: str | None = None) -> Specimen:
     """Heads on the layers of `multires`, aggregated by CrossMax (Algorithm 1) with the k-th highest."""
-    defense, stages = _self_ensemble(setting, backbone, k, variant, light_adversarial=False)
+    defense, stages = self_ensemble(setting, backbone, k, variant, light_adversarial=False)
     return Specimen(defense, tuple(stages))
 
 
 @register(paper=ENSEMBLE_EVERYTHING, version=1)
 def multires_self_ensemble_adv(setting: Setting, *, k: int = 3, variant: str = "as_published", backbone: str | None = None) -> Specimen:
     """`multires_self_ensemble` on a lightly adversarially trained network."""
-    defense, stages = _self_ensemble(setting, backbone, k, variant, light_adversarial=True)
+    defense, stages = self_ensemble(setting, backbone, k, variant, light_adversarial=True)
     return Specimen(defense, tuple(stages))
 
 
 def _ensemble3(setting: Setting, backbone: str | None, k: int, variant: str, light_adversarial: bool) -> Specimen:
-    parts = [_self_ensemble(setting, backbone, k, variant, light_adversarial, 10 + i, f"networks.{i}.") for i in range(3)]
+    parts = [self_ensemble(setting, backbone, k, variant, light_adversarial, 10 + i, f"networks.{i}.") for i in range(3)]
     # The paper's Algorithm 1 takes the median over equivalent models; it does not say over which outputs. Here: the three predictions.
     return Specimen(Ensemble([defense for defense, _ in parts], crossmax), tuple(s for _, stages in parts for s in stages))
 
