@@ -73,8 +73,8 @@ def multires_ablation(
         raise UserError(f"heads = {heads} must be between 1 and the number of predictors, {most}, or 0 for all")
     if aggregation in ("crossmax", "kth_highest") and not 2 <= k <= (heads or most):
         raise UserError(f"k = {k} must be between 2 and the number of predictors, {heads or most}")
-    aggregator: Aggregator = {
+    by_name: dict[str, Aggregator] = {
         "crossmax": crossmax_kth(k), "kth_highest": partial(kth_highest_of_logits, k=k),
         "median_of_logits": median_of_logits, "mean_of_logits": mean_of_logits,
-    }[aggregation]  # fmt: skip
-    return Specimen(Ablation(inner, noise == "fixed", aggregator, heads), tuple(stages))
+    }  # fmt: skip
+    return Specimen(Ablation(inner, noise == "fixed", by_name[aggregation], heads), tuple(stages))
