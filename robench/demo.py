@@ -29,7 +29,7 @@ LEVELS = (16, 32, 48, 64)
 
 
 def run(*, out: Path, cache: Path | None = None, echo: Callable[[str], None]) -> int:
-    """Train a small cast of defenses, attack them, settle the claims on digits that are about them, and leave records and a figure in `out`.
+    """Train a small cast of defenses, attack them, settle the claims about them, and leave records and a figure in `out`.
 
     What is trained and measured is kept in the cache, so a second run takes seconds.
 
