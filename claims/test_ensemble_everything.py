@@ -7,6 +7,9 @@ scored anew on fresh noise; AutoAttack returns the clean image where it gave up,
 
 The re-evaluation: "Evaluating the Robustness of the 'Ensemble Everything Everywhere' Defense" (arXiv 2411.14834, second version):
 62 -> 11 % on CIFAR-10 and 48 -> 14 % on CIFAR-100, by transfer from the mean of the heads' logits and averaging over noise.
+
+At cpu scale the stack of resolutions by itself keeps its 13 points over a plain network; what falls is CrossMax's part (the claims
+self-ensembling-adds, crossmax-over-mean and normalisation-over-none).
 """
 
 from robench import zoo
@@ -25,10 +28,15 @@ MASKED = (
     "Refuted by arXiv 2411.14834: CrossMax and the noise hide the gradient. The mean of the heads' logits shows it, and images made on "
     "that transfer."
 )
-LEVEL = "Under the weaker attack it is level with adversarial training, and 200 images leave 5 points in doubt. "
+LEVEL = "Under the paper's attack it is level with adversarial training. "
 SHORT = "At this scale it falls short of adversarial training even under the weaker attack. "
 
 SMALL_GAIN = "On digits the stack alone is worth about 10 points, and about 5 under attacks that average over the noise. "
+
+SMALL_NOISE = (
+    "Under the direct attack the difference is too near 5 points to tell. Under transfer from the mean it is 10: fixed noise falls "
+    "further than fresh, so here noise is more than a mask."
+)
 
 # The parts of the defense, taken away after training; the lab notes of the re-evaluation held the noise fixed and took 20 steps.
 PART = "multires_ablation"
@@ -68,7 +76,6 @@ CLAIMS = [
                 "cifar10",
                 robust("multires_self_ensemble", CIFAR10, RAND_CPU) - robust("natural", CIFAR10, "pgd-adam-20"),
                 scales=("cpu",),
-                standing={"cpu": Standing(("reproduced",), ("broken",), MASKED)},
             ),
             Trial(
                 "cifar10",
@@ -96,7 +103,7 @@ CLAIMS = [
                 "cifar10",
                 robust("multires_self_ensemble", CIFAR10, RAND_CPU) - robust("single_adv", CIFAR10, "pgd-adam-20"),
                 scales=("cpu",),
-                standing={"cpu": Standing(("underpowered",), ("broken",), LEVEL + MASKED)},
+                standing={"cpu": Standing(("reproduced",), ("broken",), LEVEL + MASKED)},
             ),
             Trial(
                 "cifar10",
@@ -143,6 +150,7 @@ CLAIMS = [
                 "cifar10",
                 robust("multires_self_ensemble", CIFAR10, RAND_CPU) - robust("multires", CIFAR10, RAND_CPU),
                 scales=("cpu",),
+                standing={"cpu": Standing(("reproduced",), ("broken",), MASKED)},
             ),
             Trial(
                 "cifar10",
@@ -161,7 +169,7 @@ CLAIMS = [
         tolerance=0.05,
         trials=(
             Trial("digits", crossmax_over("mean_of_logits", DIGITS), scales=("smoke",), standing={"smoke": FOOLED_ALIKE}),
-            Trial("cifar10", crossmax_over("mean_of_logits", CIFAR10)),
+            Trial("cifar10", crossmax_over("mean_of_logits", CIFAR10), standing={"cpu": FOOLED_ALIKE}),
         ),
     ),
     Claim(
@@ -172,7 +180,7 @@ CLAIMS = [
         published="32.52, third-highest logit 1.46",
         expect=above(0.05),
         tolerance=0.05,
-        trials=(Trial("cifar10", crossmax_over("kth_highest", CIFAR10)),),
+        trials=(Trial("cifar10", crossmax_over("kth_highest", CIFAR10), standing={"cpu": FOOLED_ALIKE}),),
     ),
     Claim(
         name="fresh-noise-over-fixed",
@@ -187,6 +195,7 @@ CLAIMS = [
                 "cifar10",
                 robust(f"{PART},noise=fresh,aggregation=crossmax", CIFAR10, NOTES, (*TRANSFER, "mean-transfer-40,draws=4"))
                 - robust(f"{PART},aggregation=crossmax", CIFAR10, NOTES, TRANSFER),
+                standing={"cpu": Standing(("not reproduced",), ("holds",), SMALL_NOISE)},
             ),
         ),
     ),
