@@ -131,14 +131,15 @@ def describe(
 
 
 def kept(
-    named: zoo.Named, setting: zoo.Setting, split: Dataset, *, cache: Path, device: str, progress: Callable[[str], None]
-) -> tuple[Config, bytes]:
-    """Return what `describe` does of a defense that was trained here before, or whose weights were pulled or come with the zoo.
+    named: zoo.Named, setting: zoo.Setting, split: Dataset, *, cache: Path, device: str, ready_made: bool = True,
+    progress: Callable[[str], None] = lambda _line: None,
+) -> tuple[Config, bytes]:  # fmt: skip
+    """Return what `describe` does of a defense whose weights were pulled or come with the zoo, or that was trained here before.
 
     Raises:
         UserError: if there are no such weights, or the defense is not trained at all.
     """
-    found = find(named, setting, split, cache=cache, progress=progress)
+    found = find(named, setting, split, cache=cache, progress=progress) if ready_made else None
     if found is not None:
         trained_in, source = found.config.precision, found.config.source
         return describe(named, setting, found.defense, found.stages, split, precision=trained_in, source=source)
