@@ -6,6 +6,7 @@ The hub is `$HF_ENDPOINT`, the token `$HF_TOKEN`: huggingface_hub's own variable
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def _download(place: str, cache: Path, progress: Progress) -> tuple[Path, str]:
     api = _api(cache)
     with _hub_errors(api, repository, revision):
         info = api.model_info(repository, revision=revision or None)
-        names = [file.rfilename for file in info.siblings or []]
+        names = api.list_repo_files(repository, revision=info.sha)
         wanted = [n for n in names if n in (STATE, CONFIG) or re.fullmatch(rf"{RECORDS}/[^/]+\.json", n)]
         if missing := [n for n in (CONFIG, STATE) if n not in wanted]:
             raise _AbsentError(f"{repository} holds no weights of robench: there is no {' and no '.join(missing)}")
@@ -172,7 +173,10 @@ def _hub_errors(api: HfApi, repository: str, revision: str = "") -> Iterator[Non
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            # huggingface_hub 1 uploads in a way that httpx has since deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     except _AbsentError:
         raise
     except RevisionNotFoundError as error:

@@ -60,15 +60,16 @@ class _Handler(BaseHTTPRequestHandler):
         name = "/".join(parts[2:4] if api else parts[:2])
         if name not in self.hub.repositories:
             return self._error(401 if api else 404, "RepoNotFound")
-        # api/models/OWNER/REPO[/revision/REVISION], or OWNER/REPO/resolve/REVISION/PATH
+        # api/models/OWNER/REPO[/revision/REVISION | /tree/REVISION], or OWNER/REPO/resolve/REVISION/PATH
         revision = (parts[5] if len(parts) > 5 else "main") if api else parts[3]
         found = self.hub.files(name, revision)
         if found is None:
             return self._error(404, "RevisionNotFound")
         commit, files = found
+        if api and "tree" in parts:
+            return self._json([{"type": "file", "path": path, "size": len(text), "oid": "0" * 40} for path, text in files.items()])
         if api:
-            siblings = [{"rfilename": path} for path in files]
-            return self._json({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "private": False, "tags": []})
+            return self._json({"id": name, "modelId": name, "sha": commit, "private": False, "tags": []})
         content = files.get("/".join(parts[4:]))
         if content is None:
             return self._error(404, "EntryNotFound")
