@@ -156,7 +156,7 @@ def tiny(setting, *, k: int = 2):
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Register the defense `tiny` by a plugin file; a call registers it anew with texts of the file replaced: ``tiny("k: int = 2", ...)``."""
+    """Register the defense `tiny` by a plugin file; a call registers it anew, with a text of the file replaced by another."""
     path = tmp_path / "plugin" / "tiny.py"
     path.parent.mkdir()
 

@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.address}/{name}"
         if name in self.hub.repositories:
             return self._answer(409, json.dumps({"url": url, "error": "it is there"}).encode(), {"Content-Type": "application/json"})
-        self.hub.private[name] = bool(wanted.get("private"))
+        self.hub.private[name] = wanted.get("private", False) or wanted.get("visibility") == "private"
         self.hub.commit(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
         return self._json({"url": url, "name": name, "id": name})
 

@@ -129,7 +129,7 @@ def test_a_revision_is_pinned(robench: Robench, tiny: Callable[..., None], train
     assert facts(robench("weights", "pull", first, "--cache-dir", "there"))["pulled from"] == first
 
 
-def test_what_has_not_changed_makes_no_commit(robench: Robench, trained: Record, hub: FakeHub) -> None:
+def test_a_large_file_is_uploaded_once_and_a_new_repository_may_be_private(robench: Robench, trained: Record, hub: FakeHub) -> None:
     assert push(robench, "--private").startswith(f"{REPOSITORY}@")
     assert hub.private == {REPOSITORY: True}
     large = [request for request in hub.requests if request.startswith("PUT")]
@@ -230,9 +230,7 @@ def test_bad_input_is_one_line(robench: Robench, trained: Record, hub: FakeHub, 
     assert hub.repositories == {}
 
 
-def test_what_a_hub_refuses_is_one_line(
-    robench: Robench, trained: Record, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_hub_refuses_is_one_line(robench: Robench, trained: Record, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     push(robench)
     assert f"has no revision '{'0' * 40}'" in error_line(robench("weights", "pull", f"{REPOSITORY}@{'0' * 40}", fails=True))
     monkeypatch.setenv("HF_TOKEN", "hf_of_another_hub")

@@ -124,8 +124,8 @@ def test_weights_under_another_defense_s_name_are_passed_over(shared: Path, tmp_
 
 
 def test_other_parameters_seeds_and_scales_are_other_weights(shared: Path, tmp_path: Path) -> None:
-    names = {weights.folder_name(*args) for args in [("a,k=2", "d", "cpu", 0), ("a,k=3", "d", "cpu", 0), ("a,k=2", "e", "cpu", 0),
-                                                     ("a,k=2", "d", "gpu", 0), ("a,k=2", "d", "cpu", 1), ("../a", "d", "cpu", 0)]}  # fmt: skip
+    settings = [("a,k=2", "d", "cpu", 0), ("a,k=3", "d", "cpu", 0), ("a,k=2", "e", "cpu", 0), ("a,k=2", "d", "gpu", 0)]
+    names = {weights.folder_name(*setting) for setting in [*settings, ("a,k=2", "d", "cpu", 1), ("../a", "d", "cpu", 0)]}
     assert len(names) == 6
     assert not any("/" in name for name in names)
     lines: list[str] = []
@@ -176,7 +176,9 @@ def test_weights_beside_the_plugin_file_are_found_and_the_caches_own_come_first(
 
 
 def test_nothing_is_trained_to_be_shared(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^tiny,k=2 is not trained yet for cpu; run: robench train tiny,k=2 --dataset digits --scale smoke "):
+    with pytest.raises(
+        UserError, match=r"^tiny,k=2 is not trained yet for cpu; run: robench train tiny,k=2 --dataset digits --scale smoke "
+    ):
         weights.kept(zoo.parse("tiny"), SETTING, SPLIT, cache=tmp_path, device="cpu")
     assert not (tmp_path / "training").exists()
     tiny(", (Stage(recipe, setting.seed),)", "")
@@ -235,7 +237,9 @@ def test_the_script_makes_what_is_found(tiny: Tiny, tmp_path: Path) -> None:
             fixtures.make(tmp_path / name, ("tiny", "tiny,k=3"))
     finally:
         torch.set_num_threads(threads)
-    one, two = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two"))
+    one, two = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two")
+    )
     assert one == two
     assert len(one) == 4
     assert isinstance(weights.load(next((tmp_path / "one").glob("digits-tiny,k=3*")), SPLIT).config, Config)

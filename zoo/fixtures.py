@@ -12,7 +12,8 @@ import torch
 from robench import data, targets, weights, zoo
 from robench.weights import FOLDER
 
-DATASET, SCALE, SEED = "digits", "smoke", 0
+DATASET, SEED = "digits", 0
+SCALE: zoo.Scale = "smoke"
 NAMES = ("single_adv", "composite,eps=2,alpha=0.2")
 WEIGHTS = Path(__file__).parent / FOLDER
 
