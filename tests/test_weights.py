@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
 from robench import claim, data, demo, targets, weights, zoo
+from robench.cli import main
 from robench.errors import UserError
 from robench.targets import Target
 from robench.training import Stage, reference_logits, state_hash
@@ -184,6 +186,23 @@ def test_nothing_is_trained_to_be_shared(tiny: Tiny, tmp_path: Path) -> None:
     tiny(", (Stage(recipe, setting.seed),)", "")
     with pytest.raises(UserError, match="is not trained, so there are no weights to share"):
         weights.kept(zoo.parse("tiny"), SETTING, SPLIT, cache=tmp_path, device="cpu")
+
+
+def test_train_takes_what_is_there_unless_asked_to_train(shared: Path, tmp_path: Path) -> None:
+    def train(*options: str) -> Result:
+        arguments = ["train", "tiny", "--device", "cpu", "--cache-dir", str(tmp_path / "there"), *options]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        return result
+
+    taken, anew = train(), train("--fresh")
+    assert "epoch" not in taken.stderr
+    assert "from the zoo" in taken.stdout
+    assert "kept in" not in taken.stdout
+    assert "epoch 1/1" in anew.stderr
+    # The same training gives the same weights, which is what --fresh is for.
+    hashes = {line for result in (taken, anew) for line in result.stdout.splitlines() if "SHA-256" in line}
+    assert len({line.split()[-1] for line in hashes}) == 1
 
 
 # --- what comes with the zoo
