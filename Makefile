@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV = .uv/bin/uv
 BIN = .venv/bin
 
-.PHONY: setup demo test lint claims bench readme clean
+.PHONY: setup demo test lint claims bench readme fixtures clean
 
 setup: .venv/installed
 
@@ -40,6 +40,10 @@ bench: setup
 # Rewrites the README's tables from the demo's and the leaderboard's records.
 readme: demo
 	$(BIN)/python leaderboard/render.py
+
+# Trains anew the weights that come with the zoo, after a change of their recipes.
+fixtures: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m robench_zoo.fixtures
 
 # Regenerates the lock file, with hashes and without addresses.
 requirements.lock: | $(UV)

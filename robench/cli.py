@@ -96,14 +96,15 @@ def zoo_list(as_json: bool, plugins: tuple[Path, ...]) -> None:
 @_dataset
 @_scale
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Tells independently trained copies apart.")
+@click.option("--fresh", is_flag=True, help="Train, though there are weights that were pulled or come with the zoo.")
 @_device
 @_cache_dir
 @_plugins
 def train(
-    name: str, dataset: str, scale: "Scale | None", seed: int, device: str | None, cache_dir: Path | None,
+    name: str, dataset: str, scale: "Scale | None", seed: int, fresh: bool, device: str | None, cache_dir: Path | None,
     plugins: tuple[Path, ...],
 ) -> None:  # fmt: skip
-    """Train the defense NAME of the zoo; its weights are kept in the cache."""
+    """Train the defense NAME of the zoo, unless there are weights of it; they are kept in the cache."""
     from robench import console, data, targets, training, workbench, zoo
 
     cache, device = _writable(cache_folder(cache_dir)), _available(device)
@@ -111,15 +112,16 @@ def train(
     named, split = zoo.parse(name), data.load(dataset, "test")
     scale = scale or workbench.default_scale(dataset)
     with console.progress() as progress:
-        target = targets.trained(named, split, scale=scale, seed=seed, device=device, cache=cache, progress=progress)
-    stages = [(stage, str(line)) for stage, line in (target.training or {}).items()] or [("training", "none is needed")]
+        target = targets.trained(named, split, scale=scale, seed=seed, device=device, cache=cache, ready_made=not fresh, progress=progress)
+    how = dict(target.training or {})
+    elsewhere = how.pop("weights", None)
     console.show_facts(
         [
             ("defense", f"{target.name} (version {target.version}, seed {seed})"),
-            ("trained on", f"{dataset}, scale {scale}, {device}"),
-            *stages,
+            ("trained on", f"{dataset}, scale {scale}, {device}") if elsewhere is None else ("weights", str(elsewhere)),
+            *([(stage, str(line)) for stage, line in how.items()] or [("training", "none is needed")]),
             ("weights", f"SHA-256 {training.state_hash(target.defense)}"),
-            ("kept in", str(cache / "training")),
+            *([("kept in", str(cache / "training"))] if elsewhere is None else []),
         ]
     )
 
@@ -228,6 +230,65 @@ def doctor(
         console.show(doctor.as_table(diagnosis))
     console.show_facts(doctor.facts(diagnosis), err=to_stdout)
     return 1 if diagnosis.decided_by else 0
+
+
+@main.group()
+def weights() -> None:
+    """Trained weights to share, on a hub or in a folder."""
+
+
+@weights.command("push")
+@click.argument("name")
+@_dataset
+@_scale
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Which trained copy.")
+@click.option("--to", "place", required=True, metavar="OWNER/REPO|FOLDER", help="A repository on $HF_ENDPOINT, or ./FOLDER.")
+@click.option("--records", type=PATH, help=f"The folder of records; those of these weights go along.  [default: {RECORDS}, if there]")
+@click.option("--private", is_flag=True, help="Make a new repository a private one.")
+@_device
+@_cache_dir
+@_plugins
+def weights_push(
+    name: str, dataset: str, scale: "Scale | None", seed: int, place: str, records: Path | None, private: bool, device: str | None,
+    cache_dir: Path | None, plugins: tuple[Path, ...],
+) -> None:  # fmt: skip
+    """Share the trained defense NAME with a model card and its records."""
+    from robench import console, data, hub, record, targets, weights, workbench, zoo
+
+    cache, device = _writable(cache_folder(cache_dir)), _available(device)
+    _load_plugins(plugins)
+    hub.is_folder(place)
+    named, split = zoo.parse(name), data.load(dataset, "train")
+    known = record.load_folder(records or RECORDS) if records or RECORDS.is_dir() else []
+    setting = targets.setting_for(split, scale or workbench.default_scale(dataset), seed)
+    with console.progress() as progress:
+        config, content = weights.kept(named, setting, split, cache=cache, device=device, progress=progress)
+        pushed = hub.push(config, content, known, place, cache=cache, private=private)
+    own = len(hub.belonging(known, config))
+    facts = [("records", f"{own} of these weights" if own else "none of these weights; the card claims no robustness")]
+    console.show_facts([*console.weights_facts(config), *facts, ("pushed to", pushed)])
+
+
+@weights.command("pull")
+@click.argument("place", metavar="OWNER/REPO[@REVISION]|FOLDER")
+@click.option("--records", type=PATH, help="Save the records that came along in this folder.")
+@_cache_dir
+@_plugins
+def weights_pull(place: str, records: Path | None, cache_dir: Path | None, plugins: tuple[Path, ...]) -> None:
+    """Take shared weights, checked, into the cache, where train, evaluate and the claims find them."""
+    from robench import console, hub, record
+
+    cache = _writable(cache_folder(cache_dir))
+    if records:
+        _writable(records)
+    _load_plugins(plugins)
+    with console.progress() as progress:
+        pulled = hub.pull(place, cache=cache, progress=progress)
+    for made in pulled.records if records else ():
+        record.save(made, records or RECORDS)
+    facts = [("records", f"{len(pulled.records)}{f', saved in {records}' if records else ''}")]
+    facts += [("not checked", pulled.unchecked)] if pulled.unchecked else []
+    console.show_facts([*console.weights_facts(pulled.config), *facts, ("kept in", str(pulled.folder))])
 
 
 @main.command()

@@ -15,6 +15,7 @@ from rich.text import Text
 from robench.claim import Claim, Settlement
 from robench.plugins import Failure
 from robench.record import Proportion, Record, clean_estimate, robust_estimate
+from robench.weights import Config
 from robench.zoo import Entry, Paper
 
 WIDTH = 200
@@ -81,6 +82,16 @@ def outcome(r: Record) -> list[tuple[str, str]]:
     facts.append(("cost per image", f"{r.cost.forwards:,.1f} forwards, {r.cost.backwards:,.1f} backwards at the members"))
     facts.append(("time", f"{r.timing.seconds:,.1f} s on {r.provenance.device} ({r.provenance.processor})"))
     return facts + ([("partial", r.partial)] if r.partial else [])
+
+
+def weights_facts(config: Config) -> list[tuple[str, str]]:
+    """Return the names and values that tell shared weights apart."""
+    return [
+        ("defense", f"{config.defense} (version {config.version}, seed {config.seed})"),
+        ("trained on", f"{config.dataset}, scale {config.scale}, {', '.join(dict.fromkeys(config.precision))}"),
+        ("weights", f"SHA-256 {config.weights_sha256}"),
+        *([("pulled from", config.source)] if config.source else []),
+    ]
 
 
 def zoo_table(entries: Mapping[str, Entry]) -> Table:

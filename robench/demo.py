@@ -46,7 +46,7 @@ def run(*, out: Path, cache: Path | None = None, echo: Callable[[str], None]) ->
         raise UserError("no claims are installed (entry point group robench.claims)")
     torch.set_num_threads(1)
     known = record.load_folder(out / "records") if (out / "records").is_dir() else []
-    bench = Workbench(DATASET, "smoke", records=known, cache=cache, keep=out / "records")
+    bench = Workbench(DATASET, "smoke", records=known, cache=cache, keep=out / "records", ready_made=False)
     # All that follows is in the cache then.
     prepare(claims, bench, echo)
     figure = out / "accuracy_against_epsilon.png"
@@ -105,7 +105,8 @@ def _known(bench: Workbench, name: str, accuracies: Sequence[Accuracy]) -> bool:
 def _prepare_one(name: str, accuracies: Sequence[Accuracy], cache: Path | None, lines: "Queue[str]") -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    bench = Workbench(DATASET, "smoke", cache=cache, progress=lines.put)
+    # The demo is the whole road, training included.
+    bench = Workbench(DATASET, "smoke", cache=cache, ready_made=False, progress=lines.put)
     for accuracy in accuracies:
         bench.find(accuracy, 0)
     if name in CURVE:

@@ -1,13 +1,12 @@
 """What is evaluated: a defense with its name, version and origin, found by a TARGET text or given as a module."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from robench import data, sources, training, zoo
+from robench import data, sources, training, weights, zoo
 from robench.data import Dataset
 from robench.defense import Defense, as_defense
 from robench.errors import UserError
@@ -29,7 +28,8 @@ class Target:
         origin: ``zoo``, ``robustbench``, ``timm``, ``file`` or ``module``.
         paper: its arXiv identifier, or an empty string.
         training_seed: which independently trained copy.
-        training: the recipes it was trained by; None where that is not known.
+        training: the recipes it was trained by, the precision, and where its weights came from if they were not trained here; None
+            where that is not known.
     """
 
     defense: Defense
@@ -57,7 +57,7 @@ def resolve(
     cache: Path | None = None,
     progress: Progress = lambda _line: None,
 ) -> Target:
-    """Return the target that `text` names, training a defense of the zoo that is not trained yet.
+    """Return the target that `text` names, training a defense of the zoo that has no trained weights yet.
 
     Args:
         text: a name of the zoo with parameters (``robust_average,k=8,eps=0.22``), ``robustbench:NAME``, ``timm:NAME``, or
@@ -98,32 +98,27 @@ def trained(
     seed: int = 0,
     device: str = "cpu",
     cache: Path | None = None,
+    ready_made: bool = True,
     progress: Progress = lambda _line: None,
 ) -> Target:
-    """Return a defense of the zoo, trained on the training split of `dataset` or taken from the cache; see `resolve`."""
-    specimen = named.build(setting_for(dataset, scale, seed))
-    if specimen.stages:
-        split = data.load(dataset.name, "train")
-        folder = cache_folder(cache) / "training"
-        training.train(specimen.defense, specimen.stages, split, folder=folder, device=device, progress=progress)
-    entry = named.entry
-    return Target(
-        specimen.defense.eval(), named.text, entry.version, "zoo", entry.paper.arxiv, seed, _summary(specimen.stages, device),
-    )  # fmt: skip
+    """Return a defense of the zoo with weights that were pulled or come with the zoo, else trained on the training split of `dataset`.
 
-
-def _summary(stages: tuple[training.Stage, ...], device: str) -> dict[str, Value]:
-    """Return what was trained how, a line per stage."""
-    lines: dict[str, Value] = {}
-    for number, stage in enumerate(stages):
-        recipe = stage.recipe
-        attack = "clean images" if recipe.attack is None else " ".join(f"{k}={v}" for k, v in dataclasses.asdict(recipe.attack).items())
-        part = ",".join(stage.trainable) or "all"
-        lines[f"stage {number + 1}"] = (
-            f"{stage.module or 'whole'}/{part}: {recipe.epochs} epochs, {recipe.optimiser} {recipe.learning_rate} {recipe.schedule}, "
-            f"batch {recipe.batch_size}, {attack}, clean weight {recipe.clean_weight}, {training.precision(recipe, device)}"
-        )
-    return lines
+    See `resolve`; `ready_made` False trains, unless it was trained here before, whatever other weights there are.
+    """
+    setting, entry = setting_for(dataset, scale, seed), named.entry
+    specimen = named.build(setting)
+    defense, stages, summary = specimen.defense, specimen.stages, dict[str, Value]()
+    if stages:
+        split, folder = data.load(dataset.name, "train"), cache_folder(cache)
+        found = weights.find(named, setting, split, cache=folder, progress=progress) if ready_made else None
+        if found is not None:
+            defense, summary = found.defense, found.config.training | {"weights": f"from {found.source}"}
+            for stage in stages:
+                training.place(defense.get_submodule(stage.module), device)
+        else:
+            training.train(defense, stages, split, folder=folder / "training", device=device, progress=progress)
+            summary = training.summary(stages, [training.precision(stage.recipe, device) for stage in stages])
+    return Target(defense.eval(), named.text, entry.version, "zoo", entry.paper.arxiv, seed, summary)
 
 
 def check_classes(target: Target, logits_shape: tuple[int, ...], dataset: Dataset) -> None:

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from robench.data import Dataset, as_float
 from robench.defense import Defense, as_defense
 from robench.errors import UserError
 from robench.files import write_atomic
+from robench.parameters import Value
 from robench.threat import ThreatModel
 
 VERSION = 1
@@ -38,6 +39,7 @@ CHECKPOINT_SECONDS = 5.0
 """An interrupted stage goes on from the last epoch that ended at least this long after the one kept before it."""
 
 Progress = Callable[[str], None]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Recipe:
     clean_weight: float = 0.0
     loss_on: Literal["prediction", "predictors"] = "prediction"
     augmentation: Literal["none", "crop", "crop-flip"] = "crop-flip"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,14 @@ class Stage:
     trainable: tuple[str, ...] = ()
 
 
+class NotTrainedError(UserError):
+    """A stage is not in the folder of what was trained before, and may not be trained now."""
+
+
 def train(
-    defense: Defense, stages: tuple[Stage, ...], dataset: Dataset, *, folder: Path, device: str = "cpu", progress: Progress | None = None
-) -> None:
+    defense: Defense, stages: tuple[Stage, ...], dataset: Dataset, *, folder: Path, device: str = "cpu", may_train: bool = True,
+    progress: Progress | None = None,
+) -> None:  # fmt: skip
     """Train `defense` in place, stage by stage, taking from `folder` what was trained before.
 
     Args:
@@ -118,16 +125,25 @@ def train(
         dataset: the training split.
         folder: where stages and checkpoints are kept.
         device: ``cpu`` or ``cuda``.
+        may_train: False only takes what was trained before.
         progress: is told each epoch's line.
 
     Raises:
         UserError: for an unwritable folder, or a checkpoint that is corrupt.
+        NotTrainedError: for a stage that is not in the folder where none may be trained.
     """
     for number, stage in enumerate(stages):
         module = defense.get_submodule(stage.module)
         prefix = f"stage {number + 1}/{len(stages)}"
-        _train_stage(module, stage, dataset, folder, device, partial(_tell, progress, prefix))
+        _train_stage(module, stage, dataset, folder, device, may_train, partial(_tell, progress, prefix))
     defense.eval()
+
+
+def place(module: nn.Module, device: str) -> torch.memory_format:
+    """Move a module to the device it trains on, in the memory layout it trains in, which decides a logit's last bits."""
+    layout = _memory_format(module, device)
+    module.to(device).to(memory_format=layout)
+    return layout
 
 
 def _tell(progress: Progress | None, prefix: str, line: str) -> None:
@@ -147,19 +163,24 @@ def state_hash(module: nn.Module) -> str:
 def behaviour_hash(module: nn.Module, dataset: Dataset) -> str:
     """Return a hash of a module's predictions on two images, for what its weights do not tell: strides, aggregation, noise.
 
-    They are taken in float64 and rounded, so that threads, memory layouts and machines do not change the hash.
+    They are rounded, so that threads, memory layouts and machines do not change the hash.
     """
+    # Adding 0 turns a rounded -0.0 into 0.0.
+    return hashlib.sha256((reference_logits(module, dataset).round(decimals=6) + 0.0).numpy().tobytes()).hexdigest()
+
+
+def reference_logits(module: nn.Module, dataset: Dataset) -> Tensor:
+    """Return a module's logits (2, classes) of a data set's first two images, in float64, on the CPU, of one fixed draw."""
     defense, x = as_defense(module).eval(), as_float(dataset.images[:2]).double()
     draw = noise.Draw(0, torch.arange(len(x))) if defense.random else None
     weights = {name: t.cpu().double() if t.is_floating_point() else t.cpu() for name, t in
                itertools.chain(defense.named_parameters(), defense.named_buffers())}  # fmt: skip
     with torch.no_grad(), noise.isolated_generator(0):
-        logits = torch.func.functional_call(defense, weights, (x, draw))
-    # Adding 0 turns a rounded -0.0 into 0.0.
-    return hashlib.sha256((logits.round(decimals=6) + 0.0).numpy().tobytes()).hexdigest()
+        logits: Tensor = torch.func.functional_call(defense, weights, (x, draw))
+    return logits
 
 
-def precision(recipe: Recipe, device: str) -> Literal["float32", "bfloat16"]:
+def precision(recipe: Recipe, device: str) -> Precision:
     """Return what a recipe trains in on a device: bfloat16 where the recipe asks for it and the hardware has it."""
     return "bfloat16" if recipe.precision == "bfloat16" and native_bfloat16(device) else "float32"
 
@@ -171,6 +192,20 @@ def native_bfloat16(device: str) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def summary(stages: Sequence[Stage], precisions: Sequence[Precision]) -> dict[str, Value]:
+    """Return what was trained how, and in which precision, a line per stage."""
+    lines: dict[str, Value] = {}
+    for number, (stage, trained_in) in enumerate(zip(stages, precisions, strict=True)):
+        recipe = stage.recipe
+        attack = "clean images" if recipe.attack is None else " ".join(f"{k}={v}" for k, v in dataclasses.asdict(recipe.attack).items())
+        part = ",".join(stage.trainable) or "all"
+        lines[f"stage {number + 1}"] = (
+            f"{stage.module or 'whole'}/{part}: {recipe.epochs} epochs, {recipe.optimiser} {recipe.learning_rate} {recipe.schedule}, "
+            f"batch {recipe.batch_size}, {attack}, clean weight {recipe.clean_weight}, {trained_in}"
+        )
+    return lines
+
+
 def _memory_format(module: nn.Module, device: str) -> torch.memory_format:
     """Return channels_last, the faster layout, but on the CPU only where no convolution has fewer than 16 outputs.
 
@@ -180,7 +215,7 @@ def _memory_format(module: nn.Module, device: str) -> torch.memory_format:
     return torch.contiguous_format if narrow and torch.device(device).type == "cpu" else torch.channels_last
 
 
-def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, progress: Progress) -> None:
+def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, may_train: bool, progress: Progress) -> None:
     recipe = stage.recipe
     half = precision(recipe, device) == "bfloat16"
     identity = json.dumps(
@@ -199,13 +234,14 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
         sort_keys=True,
     )
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
-    # Before the weights are read back too: the layout decides a logit's last bits.
-    layout = _memory_format(module, device)
-    module.to(device).to(memory_format=layout)
+    # Before the weights are read back too.
+    layout = place(module, device)
     if path.exists():
         _restore(module, _read(path))
         progress("already trained")
         return
+    if not may_train:
+        raise NotTrainedError(f"there are no trained weights of {stage.module or 'the defense'} in {folder}")
     trained = _freeze_but(module, stage.trainable)
     optimiser = _optimiser(recipe, trained)
     checkpoint, first = path.with_suffix(".checkpoint"), 0

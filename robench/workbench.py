@@ -43,6 +43,7 @@ class Workbench:
         cache: the cache folder.
         keep: the folder that new records are written to, at once; None writes none.
         examples: test examples; the scale's number by default.
+        ready_made: whether weights that were pulled or come with the zoo are taken; False trains.
         progress: is told each line of training and evaluation.
     """
 
@@ -53,6 +54,7 @@ class Workbench:
     cache: Path | None = None
     keep: Path | None = None
     examples: int | None = None
+    ready_made: bool = True
     progress: Callable[[str], None] = lambda _line: None
     _targets: dict[tuple[str, int], Target] = field(default_factory=dict, repr=False)
 
@@ -68,7 +70,7 @@ class Workbench:
         if key not in self._targets:
             self._targets[key] = trained(
                 zoo.parse(name), self.dataset, scale=self.scale, seed=seed, device=self.device, cache=self.cache,
-                progress=lambda line: self.progress(f"training {name}: {line}"),
+                ready_made=self.ready_made, progress=lambda line: self.progress(f"training {name}: {line}"),
             )  # fmt: skip
         return self._targets[key]
 

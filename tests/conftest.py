@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robench import data, noise
+from robench import data, noise, plugins, zoo
 from robench.data import as_float
 from robench.estimate import Estimate
 from robench.record import Proportion, Record
+from tests.fake_hub import TOKEN, FakeHub
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,3 +108,64 @@ def networks() -> list[nn.Module]:
             last = _fitted(functional.relu(first(x)), split.labels)
         made.append(nn.Sequential(nn.Flatten(), first, nn.ReLU(), last).requires_grad_(False).eval())
     return made
+
+
+@pytest.fixture(scope="session")
+def running_hub() -> Iterator[FakeHub]:
+    """A hub of this machine, one for the session."""
+    hub = FakeHub()
+    server = hub.start()
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def hub(running_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
+    """The hub, empty, as the one that huggingface_hub speaks to, by plain HTTP."""
+    from huggingface_hub import constants
+
+    for kept in (running_hub.repositories, running_hub.private, running_hub.requests, running_hub.large):
+        kept.clear()
+    monkeypatch.setenv("HF_ENDPOINT", running_hub.address)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
+    # The library reads this when it is imported.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    return running_hub
+
+
+TINY = '''
+from torch import nn
+from robench.aggregate import mean_of_logits
+from robench.defense import Ensemble
+from robench.training import Recipe, Stage
+from robench.zoo import Paper, Specimen, register
+
+PAPER = Paper("A tiny paper", "1234.56789", "@misc{tiny, title = {A tiny paper}}", "tiny")
+
+
+@register(paper=PAPER, version=1)
+def tiny(setting, *, k: int = 2):
+    """Linear networks, trained for one epoch."""
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(768, setting.classes, bias=True)) for _ in range(k)]
+    recipe = Recipe(epochs=1, learning_rate=0.05, augmentation="none")
+    return Specimen(Ensemble(networks, mean_of_logits), (Stage(recipe, setting.seed),))
+'''
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Register the defense `tiny` by a plugin file; a call registers it anew, with a text of the file replaced by another."""
+    path = tmp_path / "plugin" / "tiny.py"
+    path.parent.mkdir()
+
+    def again(*change: str) -> None:
+        zoo.entries()
+        zoo._ENTRIES.pop("tiny", None)
+        path.write_text(TINY.replace(*change) if change else TINY)
+        plugins.import_file(path)
+
+    again()
+    yield again
+    zoo._ENTRIES.pop("tiny", None)

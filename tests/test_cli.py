@@ -112,7 +112,7 @@ def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_command(robench: Robench) -> None:
     result = robench("--help")
     assert result.exit_code == 0
-    for command in ("demo", "zoo", "train", "evaluate", "doctor", "leaderboard", "claims", "data"):
+    for command in ("demo", "zoo", "train", "evaluate", "doctor", "weights", "leaderboard", "claims", "data"):
         assert f"  {command} " in result.stdout
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_hub import TOKEN, FakeHub
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
@@ -16,11 +18,13 @@ COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.s
 SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
 
 
-def run(command: list[str], folder: Path, cache: Path | None) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], folder: Path, cache: Path | None, hub: FakeHub | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = str(folder)
     if cache is not None:
         environment["ROBENCH_CACHE"] = str(cache)
+    if hub is not None:
+        environment |= {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
@@ -48,8 +52,9 @@ def test_the_readme_has_what_is_tested() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("robench")])
-def test_robench_commands(command: str, folder: Path, cache: Path) -> None:
-    done = run(shlex.split(command), folder, cache)
+def test_robench_commands(command: str, folder: Path, cache: Path, running_hub: FakeHub) -> None:
+    """In order, against a hub of this machine: what one command pushes, the next one pulls."""
+    done = run(shlex.split(command), folder, cache, running_hub)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
