@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from robench import noise, plugins, zoo
+from robench import aggregate, noise, plugins, zoo
 from robench.cost import counted
 from robench.defense import Ensemble
 from robench.errors import UserError
@@ -19,6 +20,7 @@ from robench.training import Stage, state_hash
 from robench.zoo import Paper, Scale, Setting, Specimen
 
 ENTRIES = zoo.entries()  # also makes robench_zoo importable by its entry point's name
+from robench_zoo import ensemble_everything  # noqa: E402
 from robench_zoo.backbones import backbone  # noqa: E402
 from robench_zoo.ensemble_everything import SelfEnsemble  # noqa: E402
 
@@ -101,6 +103,22 @@ def test_a_defense_keeps_the_contract(name: str, scale: Scale) -> None:
             assert not torch.equal(defense(x, draw(1)), logits)
         else:
             assert torch.equal(defense(x), logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_defense_keeps_to_the_device_of_its_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tensors that have a device and no values, so that no GPU is needed: mixing two devices raises."""
+    # Whether logits are finite is a question to their values.
+    monkeypatch.setattr(aggregate, "_checked", lambda logits: logits)
+    defense = zoo.parse(name).build(Setting("digits", 10, SETTINGS["smoke"][1], "smoke", 0)).defense.eval()
+    ensemble_everything._resizing.cache_clear()
+    with FakeTensorMode() as fake, torch.no_grad():
+        tensors = [*defense.named_parameters(), *defense.named_buffers()]
+        state = {key: fake.from_tensor(tensor).to("cuda") for key, tensor in tensors}
+        x = torch.zeros(BATCH, *SETTINGS["smoke"][1], device="cuda")
+        logits = torch.func.functional_call(defense, state, (x, Draw(5, torch.arange(BATCH, device="cuda"))))
+    ensemble_everything._resizing.cache_clear()
+    assert (logits.device.type, logits.shape) == ("cuda", (BATCH, 10))
 
 
 @pytest.mark.parametrize("name", NAMES)
