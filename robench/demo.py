@@ -146,5 +146,5 @@ def draw_figure(bench: Workbench, path: Path) -> None:
         for label, records in curve_records(bench, name).items():
             points = zip(LEVELS, records, strict=True)
             curves[label] = [(0.0, clean_estimate(records[0])), *((level, robust_estimate(r)) for level, r in points)]
-    title = "Digits, first 100 test images or more, PGD of 10 steps unless said otherwise. Upper bounds on robust accuracy, 95 % bands."
+    title = "Digits, first 100 images or more, PGD-10 unless said otherwise. Upper bounds on robust accuracy, 95 % bands."
     accuracy_curves(curves, path, title=title, budget="Linf budget (255ths of the pixel range)")
