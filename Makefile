@@ -3,6 +3,9 @@ PYTHON ?= python3
 UV = .uv/bin/uv
 BIN = .venv/bin
 
+# Python may keep the modules' bytecode in .venv, whatever the caller's environment says: compiling torch anew takes each process 3 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test lint claims bench readme fixtures clean
 
 setup: .venv/installed

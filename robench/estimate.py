@@ -14,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm
+from scipy.special import ndtri
 
 from robench.errors import UserError
 
 Kind = Literal["share", "difference", "paired difference"]
-Z = float(norm.ppf(0.975))
+Z = float(ndtri(0.975))
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -32,9 +32,6 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
         successes: in [0, n].
         n: the number of examples, at least 1.
     """
-    if float(successes).is_integer():
-        interval = binomtest(int(successes), n).proportion_ci(method="wilson")
-        return float(interval.low), float(interval.high)
     share = successes / n
     middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
@@ -237,6 +234,8 @@ def mcnemar(a: Estimate, b: Estimate) -> float:
     if shared is None or not np.isin(shared[0], (0, 1)).all():
         raise UserError("McNemar's test needs two estimates with values of 0 or 1 on shared examples")
     first, second = shared[0]
+    from scipy.stats import binomtest  # a second to import, and needed by few
+
     only_first, discordant = int((first > second).sum()), int((first != second).sum())
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -40,8 +41,15 @@ def draw(seed: int = 0, examples: list[int] | None = None, number: int = 0) -> D
 )
 def test_philox_gives_the_published_words(counter, key, expected) -> None:
     # The known answers for philox4x32-10 that come with Random123.
-    words = noise.philox(tuple(torch.tensor([word]) for word in counter), key)
-    assert tuple(int(word) for word in words) == expected
+    for words in every_philox(counter, key):
+        assert tuple(words) == expected
+
+
+def every_philox(counter: Sequence[int], key: Sequence[int]) -> list[list[int]]:
+    """Return the words by each implementation."""
+    tensors = noise.philox([torch.tensor([word]) for word in counter], [torch.tensor([word]) for word in key])
+    arrays = noise.philox_arrays(*([np.array([word], np.uint32) for word in part] for part in (counter, key)))
+    return [[int(word.item()) for word in found] for found in (tensors, arrays)]
 
 
 def philox_reference(counter: list[int], key: list[int]) -> list[int]:
@@ -61,8 +69,24 @@ WORD = st.integers(0, ONES)
 @given(st.lists(WORD, min_size=4, max_size=4), st.tuples(WORD, WORD))
 def test_philox_agrees_with_unbounded_integers(counter: list[int], key: tuple[int, int]) -> None:
     # The products wrap in int64; no word may show it.
-    words = noise.philox(tuple(torch.tensor([word]) for word in counter), key)
-    assert [int(word) for word in words] == philox_reference(counter, list(key))
+    for words in every_philox(counter, key):
+        assert words == philox_reference(counter, list(key))
+
+
+def test_words_of_several_uses_are_those_of_each_alone() -> None:
+    one = draw(3, [0, 5, 2**33 + 1], 2)
+    counts = {"a": 1, "b": 7, "c": 3 * 1024}
+    together = noise.words(one, counts)
+    for name, count in counts.items():
+        assert torch.equal(together[name], noise.words(one, {name: count})[name])
+
+
+def test_words_are_the_same_wherever_they_are_made() -> None:
+    # The implementation for other devices, run on the CPU.
+    examples = torch.tensor([0, 5, 2**33 + 1, -1])
+    positions, keys = np.arange(40, dtype=np.uint32), np.array([[1], [2**32 - 1]], np.uint32).repeat(40, axis=1)
+    arrays = noise._words_of_arrays(examples.numpy(), 2**32 - 1, positions, keys)
+    assert torch.equal(arrays, noise._words_of_tensors(examples, 2**32 - 1, positions, keys))
 
 
 @every_kind
@@ -157,11 +181,11 @@ def test_normal_has_the_moments_of_the_normal_distribution() -> None:
     assert z_score(float((values * values.roll(1, 1)).mean()), 0, 1) < 4.5
 
 
-def test_normal_stays_finite_at_the_extreme_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normal_stays_finite_at_the_extreme_words() -> None:
     for word in (0, ONES):
-        monkeypatch.setattr(noise, "_words", lambda draw, stream, count, word=word: torch.full((1, count), word))
-        assert bool(torch.isfinite(noise.normal(draw(), "use", (3,))).all())
-        uniform = noise.uniform(draw(), "use", (3,))
+        words = torch.full((1, 6), word).to(torch.int32)
+        assert bool(torch.isfinite(noise.as_normal(words, (3,))).all())
+        uniform = noise.as_uniform(words, (6,))
         assert 0 <= float(uniform.min()) <= float(uniform.max()) < 1
 
 

@@ -6,6 +6,7 @@ standard deviation 0.2, contrast from 0.7 to 1.5, one draw.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -48,35 +49,46 @@ def stack_resolutions(x: Tensor, draw: Draw, resolutions: Sequence[int], variant
         variant: ``as_published`` or ``as_described``.
         stream: tells two draws of one forward apart.
     """
-    return torch.cat([_one_resolution(x, draw, r, variant, f"{stream}/{r}") for r in resolutions], dim=1)
+    side, many = x.shape[-1], len(resolutions)
+    # Gaussian noise takes two words a number.
+    each = 1 if variant == "as_published" else 2
+    counts = {"colour": 1, "contrast": 1, "shift": 2}
+    shapes = {(r, name): (3, s, s) for r in resolutions for name, s in (("low", r), ("high", side))}
+    words = noise.words(
+        draw,
+        {f"{stream}/{r}/{name}": count for r in resolutions for name, count in counts.items() if name != "contrast" or each == 2}
+        | {f"{stream}/{r}/{name}": each * math.prod(shape) for (r, name), shape in shapes.items()},
+    )
 
+    def levels(name: str, low: float, high: float) -> Tensor:
+        """Return (B, N, 1, 1, 1) of 100 levels."""
+        found = torch.cat([words[f"{stream}/{r}/{name}"] for r in resolutions], dim=1)
+        return low + (high - low) * noise.as_integers(found, 0, 100, (many, 1, 1, 1)).to(x.dtype) / 99
 
-def _one_resolution(x: Tensor, draw: Draw, resolution: int, variant: str, stream: str) -> Tensor:
-    side = x.shape[-1]
+    def perturbation(resolution: int, name: str) -> Tensor:
+        numbers = noise.as_uniform if variant == "as_published" else noise.as_normal
+        return 0.2 * numbers(words[f"{stream}/{resolution}/{name}"], shapes[resolution, name]).to(x.dtype)
 
-    def level(name: str, low: float, high: float) -> Tensor:
-        steps = noise.integers(draw, f"{stream}/{name}", 0, 100, (1, 1, 1)).to(x.dtype)
-        return low + (high - low) * steps / 99
-
-    def perturb(image: Tensor, name: str) -> Tensor:
-        shape = tuple(image.shape[1:])
-        draw_noise = noise.uniform if variant == "as_published" else noise.normal
-        return image + 0.2 * draw_noise(draw, f"{stream}/{name}", shape).to(x.dtype)
-
-    colour = level("colour", 0.5, 1.0)
-    contrast = colour if variant == "as_published" else level("contrast", 0.7, 1.5)
+    colour = levels("colour", 0.5, 1.0)
+    contrast = colour if variant == "as_published" else levels("contrast", 0.7, 1.5)
     luma = (x * x.new_tensor([0.2989, 0.587, 0.114]).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
-    out = (contrast * x + (1 - contrast) * luma.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
-    out = colour * out + (1 - colour) * out.mean(1, keepdim=True)
-    down, shift = _resizing(side, resolution).to(x), noise.integers(draw, f"{stream}/shift", -3, 4, (2,))
-    # The cyclic shift moves the matrix's columns instead of the image's pixels.
-    pixels = torch.arange(side, device=x.device)
-    rows, columns = (down.T[(pixels + shift[:, axis, None]) % side][:, None] for axis in range(2))
-    out = perturb(rows.mT @ out @ columns, "low")
-    if resolution != side:
-        up = _resizing(resolution, side).to(x)
-        out = up @ out @ up.T
-    return perturb(out, "high").clamp(0, 1)
+    out = contrast * x[:, None] + (1 - contrast) * luma.mean((1, 2, 3), keepdim=True)[:, None]
+    if variant != "as_published":
+        # A factor of at most 1 does not leave [0, 1].
+        out = out.clamp(0, 1)
+    out = colour * out + (1 - colour) * out.mean(2, keepdim=True)
+    pixels, copies = torch.arange(side, device=x.device), []
+    for copy, resolution in zip(out.unbind(1), resolutions, strict=True):
+        shift = noise.as_integers(words[f"{stream}/{resolution}/shift"], -3, 4, (2,))
+        # The cyclic shift moves the matrix's columns instead of the image's pixels.
+        down = _resizing(side, resolution).to(x)
+        rows, columns = (down.T[(pixels + shift[:, axis, None]) % side][:, None] for axis in range(2))
+        small = rows.mT @ copy @ columns + perturbation(resolution, "low")
+        if resolution != side:
+            up = _resizing(resolution, side).to(x)
+            small = up @ small @ up.T
+        copies.append(small + perturbation(resolution, "high"))
+    return torch.cat(copies, dim=1).clamp(0, 1)
 
 
 @cache
