@@ -30,7 +30,7 @@ FITTED = {name for name, attack in attacks.registered().items() if attack.apply}
 """These learn from training images first; `test_universal.py`."""
 OWN = sorted(set(attacks.registered()) - ADAPTED - FITTED)
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pyautoattack", "pyautoattack-rand")]
-RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "pgd", "pgd-adam", "square"]
+RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "pgd", "pgd-adam", "predictor-transfer", "square"]
 
 every_attack = pytest.mark.parametrize("name", [*OWN, *SLOW])
 own_attacks = pytest.mark.parametrize("name", OWN)
@@ -274,6 +274,18 @@ def test_mean_surrogate_keeps_predictors_and_noise() -> None:
     assert surrogate.random
     torch.testing.assert_close(surrogate(x, draw), surrogate.defense.predictors(x, draw).mean(1))
     assert surrogate.members() == surrogate.defense.members()
+
+
+def test_predictor_transfer_is_pgd_on_that_predictor() -> None:
+    networks = [Network(48, number) for number in range(3)]
+    defense, x, threat = Ensemble(networks, crossmax).eval(), images(4, 3, 4, 4), ThreatModel.parse("Linf:0.1")
+    y, settings = predicted(defense, x), {"examples": torch.arange(4), "seed": 0}
+    for number, predictor in ((1, 1), (2, -1)):
+        moved = attacks.parse(f"predictor-transfer-5,predictor={predictor}")(defense, x, y, threat, **settings)
+        alone = Ensemble([networks[number]], mean_of_logits).eval()
+        assert torch.equal(moved, attacks.parse("pgd-5")(alone, x, y, threat, **settings))
+    with pytest.raises(UserError, match="predictor 3 does not exist: the defense has 3"):
+        attacks.parse("predictor-transfer-5,predictor=3")(defense, x, y, threat, **settings)
 
 
 def test_mean_transfer_fools_a_vote_that_has_no_gradient() -> None:

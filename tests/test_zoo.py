@@ -1,5 +1,6 @@
 """Every registered defense keeps the contract; names are read strictly; plugins come in by one door and fail alone."""
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from robench.training import Stage, state_hash
 from robench.zoo import Paper, Scale, Setting, Specimen
 
 ENTRIES = zoo.entries()  # also makes robench_zoo importable by its entry point's name
-from robench_zoo import ensemble_everything  # noqa: E402
+from robench_zoo import multiresolution  # noqa: E402
 from robench_zoo.backbones import backbone  # noqa: E402
 from robench_zoo.ensemble_everything import SelfEnsemble  # noqa: E402
 
@@ -89,7 +90,7 @@ def test_a_defense_keeps_the_contract(name: str, scale: Scale) -> None:
     assert bool(torch.isfinite(predictors).all())
     assert torch.equal(defense.aggregate(predictors), logits)
     # As the code of arXiv 2408.05446 has it, a self-ensemble passes its backbone a second time for the backbone's own prediction.
-    passes = 2 if any(isinstance(m, SelfEnsemble) and m.backbone.variant == "as_published" for m in defense.modules()) else 1
+    passes = 2 if any(isinstance(m, SelfEnsemble) and m.backbone.pipeline.variant == "as_published" for m in defense.modules()) else 1
     assert defense.members()
     assert cost.forwards == passes * len(defense.members()) * BATCH
     loss = functional.cross_entropy(logits, torch.arange(BATCH), reduction="sum")
@@ -111,13 +112,13 @@ def test_a_defense_keeps_to_the_device_of_its_images(name: str, monkeypatch: pyt
     # Whether logits are finite is a question to their values.
     monkeypatch.setattr(aggregate, "_checked", lambda logits: logits)
     defense = zoo.parse(name).build(Setting("digits", 10, SETTINGS["smoke"][1], "smoke", 0)).defense.eval()
-    ensemble_everything._resizing.cache_clear()
+    multiresolution._resizing.cache_clear()
     with FakeTensorMode() as fake, torch.no_grad():
         tensors = [*defense.named_parameters(), *defense.named_buffers()]
         state = {key: fake.from_tensor(tensor).to("cuda") for key, tensor in tensors}
         x = torch.zeros(BATCH, *SETTINGS["smoke"][1], device="cuda")
         logits = torch.func.functional_call(defense, state, (x, Draw(5, torch.arange(BATCH, device="cuda"))))
-    ensemble_everything._resizing.cache_clear()
+    multiresolution._resizing.cache_clear()
     assert (logits.device.type, logits.shape) == ("cuda", (BATCH, 10))
 
 
@@ -167,6 +168,9 @@ def start(specimen: Specimen, number: int) -> tuple[str, Any, int, tuple[str, ..
         ("composite", "composite_pair"),
         ("multires", "multires_self_ensemble"),
         ("multires_self_ensemble", "multires_ablation"),
+        ("multires_self_ensemble", "multires_layer"),
+        ("multires_self_ensemble", "multires_weighted"),
+        ("natural", "crossmax_ensemble"),
     ],
 )
 def test_defenses_share_their_first_stage(one: str, other: str, scale: Scale) -> None:
@@ -186,6 +190,31 @@ def test_an_ablation_is_the_self_ensemble_with_parts_taken_away() -> None:
         fixed = built("multires_ablation").defense
         assert torch.allclose(fixed(x.flip(0), draw(1)).flip(0), fixed(x, draw(2)), atol=1e-5)
         assert torch.allclose(fixed(x[:1].repeat(3, 1, 1, 1)).std(0), torch.zeros(10), atol=1e-5)
+
+
+def test_a_layer_is_one_predictor_of_the_self_ensemble() -> None:
+    x, whole = images("smoke"), built("multires_ablation").defense
+    with torch.no_grad():
+        for layer in (0, 4):
+            alone = built(f"multires_layer,layer={layer}").defense
+            assert torch.equal(alone(x), whole.predictors(x)[:, layer])
+
+
+def test_checkpoints_are_of_one_training() -> None:
+    specimen = built("multires_checkpoints,k=2")
+    first, last = start(specimen, 0), start(specimen, 1)
+    assert (first[0], first[2]) == (last[0], last[2])
+    assert first[1] == dataclasses.replace(last[1], epochs=last[1].epochs - 1)
+    assert last[1].schedule == "constant"
+
+
+def test_learned_weights_combine_the_predictors() -> None:
+    defense, x = built("multires_weighted").defense, images("smoke")
+    with torch.no_grad():
+        predictors = defense.predictors(x, draw(0))
+        torch.testing.assert_close(defense.aggregate(predictors), predictors.mean(1))
+        defense.combination.logits_of_weights[2] = 1e3  # type: ignore[index, operator, union-attr]
+        torch.testing.assert_close(defense.aggregate(predictors), predictors[:, 2])
 
 
 def test_members_start_apart() -> None:
@@ -238,7 +267,8 @@ def test_a_backbone_has_the_published_number_of_parameters(name: str, classes: i
     "name",
     [
         "wrn-16-2", "resnet8-16", "resnet8-16s2",
-        pytest.param("resnet18", marks=pytest.mark.slow), pytest.param("timm:test_vit", marks=pytest.mark.slow),
+        pytest.param("resnet18", marks=pytest.mark.slow), pytest.param("resnet18-unnormalised", marks=pytest.mark.slow),
+        pytest.param("timm:test_vit", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_backbone_is_built_by_name(name: str) -> None:

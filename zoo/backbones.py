@@ -128,7 +128,8 @@ def backbone(name: str, classes: int, *, channels: int = 3, widen: float = 1.0, 
     """Build a backbone by name, its weights drawn from torch's current generator.
 
     Names: ``wrn-28-10`` (any depth 6n + 4 and width factor), ``resnet8-32`` (one block a stage, the first 32 wide), ``resnet8-32s2``
-    (its stem halves the image), ``resnet18`` (3x3 stem, for small images), ``resnet152`` (images enlarged to 224, as in
+    (its stem halves the image), ``resnet18`` (3x3 stem, for small images), ``resnet18-unnormalised`` (without batch norm, as
+    arXiv 2408.05446 trains it from scratch), ``resnet152`` (images enlarged to 224, as in
     arXiv 2408.05446), ``timm:NAME``.
 
     Args:
@@ -148,11 +149,12 @@ def backbone(name: str, classes: int, *, channels: int = 3, widen: float = 1.0, 
         if small[2]:
             network.stem.stride = (2, 2)
         return network
-    if name == "resnet18":
+    if name in ("resnet18", "resnet18-unnormalised"):
         half = round(32 * widen)
         widths = tuple(2 * half * 2**stage for stage in range(4))
+        norm = {} if name == "resnet18" else {"norm_layer": nn.Identity}
         # Only timm's deep stem takes a width; it is replaced, but the first stage is built for what it gives.
-        trunk = _timm("resnet18", channels, pretrained=False, stem_type="deep", stem_width=half, channels=widths)
+        trunk = _timm("resnet18", channels, pretrained=False, stem_type="deep", stem_width=half, channels=widths, **norm)
         trunk.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         trunk.maxpool = nn.Identity()
         return Trunk(trunk, classes, channels)

@@ -15,7 +15,7 @@ from robench.errors import UserError
 from robench.noise import Draw
 from robench.zoo import Setting, Specimen, register
 
-from .ensemble_everything import SelfEnsemble, self_ensemble
+from .ensemble_everything import Design, SelfEnsemble, self_ensemble
 from .papers import ENSEMBLE_EVERYTHING
 
 NOISE = ("fresh", "fixed")
@@ -67,7 +67,7 @@ def multires_ablation(
     for value, known, what in ((noise, NOISE, "noise"), (aggregation, AGGREGATIONS, "aggregation")):
         if value not in known:
             raise UserError(f"{what} {value!r} is not one of {', '.join(known)}")
-    inner, stages = self_ensemble(setting, backbone, 3, variant, light_adversarial=False, path="inner.")
+    inner, stages = self_ensemble(setting, Design(backbone, variant), 3, path="inner.")
     most = len(inner.taps) + 2
     if not 0 <= heads <= most:
         raise UserError(f"heads = {heads} must be between 1 and the number of predictors, {most}, or 0 for all")
@@ -78,3 +78,20 @@ def multires_ablation(
         "median_of_logits": median_of_logits, "mean_of_logits": mean_of_logits,
     }  # fmt: skip
     return Specimen(Ablation(inner, noise == "fixed", by_name[aggregation], heads), tuple(stages))
+
+
+@register(paper=ENSEMBLE_EVERYTHING, version=1)
+def multires_layer(
+    setting: Setting, *, layer: int = 0, noise: str = "fixed", variant: str = "as_published", backbone: str | None = None
+) -> Specimen:
+    """One of the predictors of `multires_self_ensemble` by itself: `layer` counts them from the input, the last is the backbone's own.
+
+    It tells all of them, so that an attack on one can be tried on another (the paper's decorrelation of intermediate layers).
+    """
+    if noise not in NOISE:
+        raise UserError(f"noise {noise!r} is not one of {', '.join(NOISE)}")
+    inner, stages = self_ensemble(setting, Design(backbone, variant), 3, path="inner.")
+    predictors = len(inner.taps) + 2
+    if not 0 <= layer < predictors:
+        raise UserError(f"layer = {layer} must be from 0 to {predictors - 1}")
+    return Specimen(Ablation(inner, noise == "fixed", lambda logits: logits[:, layer], 0), tuple(stages))

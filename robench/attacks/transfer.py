@@ -13,6 +13,7 @@ from robench.aggregate import mean_of_logits
 from robench.attacks.pgd import best_of, default_step_size, path, pgd, sign_update
 from robench.attacks.registry import Attack, Found, register
 from robench.defense import Defense
+from robench.errors import UserError
 from robench.noise import Draw
 from robench.threat import ThreatModel
 
@@ -36,6 +37,24 @@ class MeanSurrogate(Defense):
     def members(self) -> list[nn.Module]:
         """Return the defense's own members."""
         return self.defense.members()
+
+
+class PredictorSurrogate(MeanSurrogate):
+    """One of a defense's own predictors; negative numbers count from the last."""
+
+    def __init__(self, defense: Defense, number: int) -> None:
+        super().__init__(defense)
+        self.number = number
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """Return that predictor's logits: (B, N, classes) -> (B, classes).
+
+        Raises:
+            UserError: if there is no such predictor.
+        """
+        if not -logits.shape[1] <= self.number < logits.shape[1]:
+            raise UserError(f"predictor {self.number} does not exist: the defense has {logits.shape[1]}, counted from 0")
+        return logits[:, self.number]
 
 
 def mean_surrogate(defense: Defense) -> Defense:
@@ -100,3 +119,32 @@ def mean_transfer(
     fresh = -(-restarts * (steps + 1) // (finetune + 1))
     iterates = path(defense, x, y, threat, examples, seed, finetune, loss, draws, update, transferred, fresh)
     return best_of(iterates, defense.random)
+
+
+@register("predictor-transfer", version=1, paper="arXiv 2408.05446, intermediate layers", number="steps")
+def predictor_transfer(
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int,
+    predictor: int = -1,
+    step_size: float | None = None,
+    restarts: int = 1,
+    loss: str = "ce",
+    draws: int = 1,
+) -> Tensor:
+    """PGD on one of the defense's predictors by itself, given to the defense.
+
+    Args beyond those of `pgd`: `predictor`, its number, from 0; negative ones count from the last.
+
+    Raises:
+        UserError: if there is no such predictor.
+    """
+    surrogate = PredictorSurrogate(defense, predictor)
+    return pgd(
+        surrogate, x, y, threat, examples=examples, seed=seed, steps=steps, step_size=step_size, restarts=restarts, loss=loss, draws=draws
+    )
