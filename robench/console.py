@@ -77,6 +77,9 @@ def outcome(r: Record) -> list[tuple[str, str]]:
     if score is not None:
         readings = (("mean", score.mean), ("majority vote", score.majority), ("worst", score.worst))
         facts += [(f"  {name} of {score.draws} draws", _share(share)) for name, share in readings]
+        if score.own_count is not None:
+            by_stage = ", ".join(f"{stage} {100 * count / r.dataset.n:.1f} %" for stage, count in score.own_stages.items())
+            facts.append(("  the attack's own count", f"{_share(score.own_count)}, after one wrong draw{by_stage and ': ' + by_stage}"))
     facts += [(f"  control, {name}", f"{100 * value:.1f} %") for name, value in r.controls.items()]
     facts += [(f"  first fooled by {name}", str(count)) for name, count in r.stages.items()]
     facts.append(("cost per image", f"{r.cost.forwards:,.1f} forwards, {r.cost.backwards:,.1f} backwards at the members"))

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -72,7 +72,8 @@ def evaluate(
 class _Chunk:
     """The outcome of some consecutive examples: predictions (draws, B) on clean and adversarial images, cost and seconds.
 
-    `stages` tells how many of them each stage of the attack was the first to fool.
+    `stages` tells how many of them each stage of the attack was the first to fool, and `counted` how many the attack itself
+    still counts as robust after each, where it makes a count of its own.
     """
 
     clean: list[list[int]]
@@ -81,6 +82,7 @@ class _Chunk:
     backwards: int
     seconds: float
     stages: dict[str, int] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
 
 
 def measure(
@@ -182,6 +184,8 @@ def _key(
         target.name, target.version, state_hash(target.defense), hashlib.sha256(behaviour.cpu().numpy().tobytes()).hexdigest(),
         dataset.fingerprint, str(threat), attack.name, attack.version, dict(attack.parameters), seed, size, precision,
         "" if attack.learnt is None else hashlib.sha256(attack.learnt.cpu().numpy().tobytes()).hexdigest(),
+        # What earlier versions kept of a random defense lacks the attack's own count.
+        *(["counted"] if target.defense.random else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -228,8 +232,8 @@ def _attack_chunk(
     if (problem := threat.violation(x_adv, x)) is not None:
         raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
     clean, robust = predictions(defense, x, examples, seed), predictions(defense, x_adv, examples, seed)
-    return _Chunk(clean.tolist(), robust.tolist(), cost.forwards, cost.backwards, time.monotonic() - started,
-                  {name: int(first.sum()) for name, first in found.stages.items()})  # fmt: skip
+    stages, counted_robust = ({name: int(marks.sum()) for name, marks in by.items()} for by in (found.stages, found.counted))
+    return _Chunk(clean.tolist(), robust.tolist(), cost.forwards, cost.backwards, time.monotonic() - started, stages, counted_robust)
 
 
 def _adversarial(
@@ -246,7 +250,7 @@ def _adversarial(
         again = claimed & (predictions(defense, x_adv, examples, seed)[0] == y)
         if bool(again.any()):
             x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
-    return Found(x_adv, found.stages)
+    return replace(found, x_adv=x_adv)
 
 
 @torch.no_grad()
@@ -334,7 +338,7 @@ def _record(
         cost=record.CostPerImage(forwards=total.forwards / n, backwards=total.backwards / n),
         stages={name: sum(c.stages[name] for c in chunks) for name in chunks[0].stages},
         outcomes=record.Outcomes(clean=clean.mean(0).tolist(), robust=robust.mean(0).tolist()),
-        random_score=_random_score(robust, robust_classes, labels, len(dataset.classes)) if defense.random else None,
+        random_score=_random_score(robust, robust_classes, labels, len(dataset.classes), chunks) if defense.random else None,
         controls=controls,
         training=target.training,
         precision=precision,
@@ -344,13 +348,16 @@ def _record(
     )  # fmt: skip
 
 
-def _random_score(correct: Any, classes: Any, labels: Any, count: int) -> record.RandomScore:
-    """Return the three readings of a random defense's outcomes (draws, n)."""
+def _random_score(correct: Any, classes: Any, labels: Any, count: int, chunks: list[_Chunk]) -> record.RandomScore:
+    """Return the three readings of a random defense's outcomes (draws, n), and the attack's own where it has one."""
     votes = np.stack([(classes == c).sum(0) for c in range(count)])
 
     def share(values: Any) -> record.Proportion:
         return record.Proportion.of(Estimate.of(np.asarray(values, dtype=float)))
 
+    own = {stage: sum(c.counted[stage] for c in chunks) for stage in chunks[0].counted}
+    standing = np.arange(len(labels)) < list(own.values())[-1] if own else None
     return record.RandomScore(
-        draws=len(correct), mean=share(correct.mean(0)), majority=share(votes.argmax(0) == labels), worst=share(correct.all(0))
-    )
+        draws=len(correct), mean=share(correct.mean(0)), majority=share(votes.argmax(0) == labels), worst=share(correct.all(0)),
+        own_count=None if standing is None else share(standing), own_stages=own,
+    )  # fmt: skip

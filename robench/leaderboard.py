@@ -60,6 +60,10 @@ class Row:
         if score := self.strongest.random_score:
             mean, worst = (f"{100 * share.value:.1f} %" for share in (score.mean, score.worst))
             notes.append(f"random, {score.draws} draws of {self.strongest.attack.name}: mean {mean}, worst draw {worst}")
+        for record in self.records:
+            if record.random_score and (own := record.random_score.own_count):
+                mean = f"{100 * record.robust_accuracy.value:.1f} %"
+                notes.append(f"{record.attack.name} itself counts {100 * own.value:.1f} %, fresh draws give {mean} (n={own.n})")
         partial = dict.fromkeys(f"partial ({r.attack.name}): {r.partial}" for r in self.records if r.partial is not None)
         return (*notes, *partial, *(f"stale: {reason}" for reason in self.stale))
 
