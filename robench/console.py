@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from robench import controls
 from robench.claim import Claim, Settlement
 from robench.plugins import Failure
 from robench.record import Proportion, Record, clean_estimate, robust_estimate
@@ -84,7 +85,11 @@ def outcome(r: Record) -> list[tuple[str, str]]:
     facts += [(f"  first fooled by {name}", str(count)) for name, count in r.stages.items()]
     facts.append(("cost per image", f"{r.cost.forwards:,.1f} forwards, {r.cost.backwards:,.1f} backwards at the members"))
     facts.append(("time", f"{r.timing.seconds:,.1f} s on {r.provenance.device} ({r.provenance.processor})"))
-    return facts + ([("partial", r.partial)] if r.partial else [])
+    facts += [("partial", r.partial)] if r.partial else []
+    if r.defense.random:
+        failed = "; ".join(map(str, controls.failures(r)))
+        facts.append(("controls", f"failed: {failed}; another attack may leave far less" if failed else "passed"))
+    return facts
 
 
 def weights_facts(config: Config) -> list[tuple[str, str]]:

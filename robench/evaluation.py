@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, data, record, targets, zoo
+from robench import attacks, controls, data, record, targets, zoo
 from robench.attacks import Attack, Found
 from robench.cost import Cost, counted
 from robench.data import Dataset, as_float
@@ -31,8 +31,6 @@ from robench.training import state_hash
 
 SCORING_DRAWS = 10
 """Fresh draws that score a random defense."""
-CONTROL_EXAMPLES = 32
-"""Examples of each control of a random defense."""
 
 Precision = Literal["float32", "bfloat16"]
 Progress = Callable[[str], None]
@@ -158,8 +156,8 @@ def measure(
             partial = f"stopped after {stop} of {len(dataset)} examples, its budget of passes or time spent ({spent})"
             dataset = dataset.first(stop)
             break
-    controls = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random and not attack.apply else {}
-    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, learning, controls, partial)
+    control = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random else {}
+    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, learning, control, partial)
 
 
 def fitted(attack: Attack, target: Target, dataset: Dataset, threat: ThreatModel, *, seed: int, device: str = "cpu") -> Attack:
@@ -276,9 +274,10 @@ def _controls(
     target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, device: str, cache: Path | None, behaviour: Tensor
 ) -> dict[str, float]:
     """Return a random defense's controls on the first examples: with no budget the attack must leave the clean accuracy
-    standing, with any budget none. They are the same for every budget of a norm.
+    standing, with any budget none (see `robench.controls`). They are the same for every budget of a norm, but for an attack that
+    learns, whose perturbation is scaled down for the first and learnt anew for the second.
     """
-    few = dataset.first(min(CONTROL_EXAMPLES, len(dataset)))
+    few = dataset.first(min(controls.EXAMPLES, len(dataset)))
     key = _key(target, few, ThreatModel(threat.norm, Fraction(0)), attack, seed, len(few), "float32", behaviour)
     path = cache / "evaluations" / key / "controls.json" if cache else None
     if known := _load(path, dict[str, float]):
@@ -286,10 +285,14 @@ def _controls(
     values = few.images[0].numel()
     everything = {"Linf": 1, "L2": int(values**0.5) + 1, "L1": values}[threat.norm]
     results = {}
-    for name, budget in (("tiny budget", Fraction(1, 10**6)), ("unbounded", Fraction(everything))):
-        chunk = _attack_chunk(target, few, 0, len(few), ThreatModel(threat.norm, budget), attack, seed, device, "float32")
-        results[f"{name}: robust accuracy"] = float(_correct(chunk.robust, few.labels, 0).mean())
-        results[f"{name}: clean accuracy"] = float(_correct(chunk.clean, few.labels, 0).mean())
+    for name, budget in ((controls.TINY, Fraction(1, 10**6)), (controls.UNBOUNDED, Fraction(everything))):
+        within = ThreatModel(threat.norm, budget)
+        if attack.apply and name == controls.UNBOUNDED:
+            attack = fitted(replace(attack, learnt=None), target, dataset, within, seed=seed, device=device)
+            results[controls.key(name, controls.CHANCE)] = float(few.labels.bincount().max()) / len(few)
+        chunk = _attack_chunk(target, few, 0, len(few), within, attack, seed, device, "float32")
+        results[controls.key(name, controls.ROBUST)] = float(_correct(chunk.robust, few.labels, 0).mean())
+        results[controls.key(name, controls.CLEAN)] = float(_correct(chunk.clean, few.labels, 0).mean())
     if path:
         write_atomic(path, json.dumps(results))
     return results
@@ -306,7 +309,7 @@ def _record(
     device: str,
     chunks: list[_Chunk],
     learning: Cost,
-    controls: dict[str, float],
+    control: dict[str, float],
     partial: str | None,
 ) -> Record:
     labels = dataset.labels.numpy()
@@ -339,7 +342,7 @@ def _record(
         stages={name: sum(c.stages[name] for c in chunks) for name in chunks[0].stages},
         outcomes=record.Outcomes(clean=clean.mean(0).tolist(), robust=robust.mean(0).tolist()),
         random_score=_random_score(robust, robust_classes, labels, len(dataset.classes), chunks) if defense.random else None,
-        controls=controls,
+        controls=control,
         training=target.training,
         precision=precision,
         partial=partial,
