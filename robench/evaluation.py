@@ -25,6 +25,7 @@ from robench.estimate import Estimate
 from robench.files import write_atomic
 from robench.noise import Draw
 from robench.record import Record
+from robench.surrogate import declares
 from robench.targets import Target
 from robench.threat import ThreatModel
 from robench.training import state_hash
@@ -184,6 +185,8 @@ def _key(
         "" if attack.learnt is None else hashlib.sha256(attack.learnt.cpu().numpy().tobytes()).hexdigest(),
         # What earlier versions kept of a random defense lacks the attack's own count.
         *(["counted"] if target.defense.random else []),
+        # Logits do not tell of surrogates, which attacks use.
+        *(["surrogates"] if declares(target.defense) else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 

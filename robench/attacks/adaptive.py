@@ -21,11 +21,12 @@ from robench.attacks.fast import fast
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
-from robench.attacks.views import Smoothed, StraightThrough
+from robench.attacks.views import Declared, Smoothed, StraightThrough
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.losses import cross_entropy, margin
 from robench.noise import Draw
+from robench.surrogate import declares
 from robench.threat import ThreatModel
 
 JUDGING = range(2**30, 2**30 + 10)
@@ -232,6 +233,9 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
         *(Composition(f"member {number + 1}", _sharp_ce, _member(number)) for number in range(predictors)),
     ] if predictors > 1 else []  # fmt: skip
     frozen = [Composition("mean of logits, fixed noise", _sharp_ce, mean_of_logits, fixed=True)] if defense.random else []
+    declared = [Composition("declared surrogate", _margin, view=Declared)] if declares(defense) else []
+    if declared and predictors > 1:
+        declared.append(Composition("declared surrogate, mean of logits", _sharp_ce, mean_of_logits, view=Declared))
     flat = partial(_has_flat_steps, defense, seed)
     straight = [Composition("straight-through prediction", _margin, view=StraightThrough, applies=flat)]
     if predictors > 1:
@@ -240,7 +244,7 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
     smooth = Composition("smoothed prediction", _margin, view=lambda d: Smoothed(d, deviation), applies=shattered)
     onward = Composition("onward from the best", _margin, onward=True)
     first = [mean, *frozen, *direct] if defense.random else [*direct, mean]
-    return [*first, *structure, *straight, smooth, onward]
+    return [*first, *structure, *declared, *straight, smooth, onward]
 
 
 def _gradient(defense: Defense, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from robench.attacks.ascent import Plan, ascend
 from robench.attacks.objective import Guide, evaluate_point, image_gradient
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
-from robench.attacks.views import StraightThrough
+from robench.attacks.views import Declared, StraightThrough
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.losses import margin
 from robench.noise import Draw
+from robench.surrogate import declares
 from robench.threat import ThreatModel
 
 TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
@@ -27,6 +28,8 @@ TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
 ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
 """Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
 STAGES = ("margin", "mean of logits", "targets", "onward", "straight-through", "square")
+DECLARED = "declared surrogate"
+"""A stage of the defenses that declare one."""
 JUDGING = range(2**30, 2**30 + 10)
 """Draws that judge a random defense's images; no ascent takes them."""
 DUAL = {"Linf": 1.0, "L2": 2.0, "L1": float("inf")}
@@ -51,8 +54,9 @@ def fast(
 
     First `steps` on the margin of the prediction (and, where predictors are combined by anything but their mean, of the mean of
     their logits); then towards target classes in the order of their estimated distance, for the examples within reach; then
-    onward from the best image, for those in close reach. Where the gradient leads nowhere, it is made straight-through, and Square
-    spends `queries`. A random defense is attacked on all examples, by the first ascents and one onward, with `draws` at each step.
+    onward from the best image, for those in close reach. Where the gradient leads nowhere, it is that of the surrogates which the
+    defense declares, then made straight-through, and Square spends `queries`. A random defense is attacked on all examples, by the
+    first ascents, one through declared surrogates and one onward, with `draws` at each step.
 
     Args beyond every attack's: `steps`, `draws`, `queries`.
 
@@ -67,6 +71,8 @@ def fast(
     search.ascend("margin", search.standing if not defense.random else ~search.combined, steps)
     search.ascend("mean of logits", search.standing & search.combined, steps, guide=mean_of_logits)
     if defense.random:
+        if declares(defense):
+            search.ascend(DECLARED, torch.ones_like(search.combined), 2 * steps, view=Declared)
         search.ascend("onward", ~search.combined, 2 * steps, onward=0.5)
         search.ascend("onward", search.combined, 2 * steps, guide=mean_of_logits, onward=0.5)
         return search.found()
@@ -79,6 +85,8 @@ def fast(
                 search.ascend("targets", within, length, target=order[:, rank])
     for reach, length, first_step in ONWARD:
         search.ascend("onward", search.standing & (search.reach < reach), length, target=search.goal, onward=first_step)
+    if declares(defense):
+        search.ascend(DECLARED, search.standing & masked, 2 * steps, view=Declared)
     search.ascend("straight-through", search.standing & masked, 2 * steps, view=StraightThrough)
     index = (search.standing & masked).nonzero()[:, 0]
     if queries and len(index):
@@ -99,7 +107,7 @@ class _Search:
         self.defense, self.x, self.y, self.threat = defense, x, y, threat
         self.examples, self.seed, self.draws = examples, seed, draws
         self.best, self.runs = x.clone(), 0
-        self.stages = {name: torch.zeros_like(y, dtype=torch.bool) for name in STAGES}
+        self.stages = {name: torch.zeros_like(y, dtype=torch.bool) for name in (*STAGES, *([DECLARED] if declares(defense) else []))}
         mean, self.logits = self._logits(x, examples)
         self.classes = self.logits.shape[1]
         self.combined = ((self.logits.log_softmax(1) - mean.log_softmax(1)).abs() > 1e-3).any(1)
