@@ -20,6 +20,7 @@ from robench.attacks.ascent import Plan, TargetedLoss, ascend
 from robench.attacks.fast import fast
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
+from robench.attacks.reweighing import SHARES, reweighed
 from robench.attacks.square import square
 from robench.attacks.views import Declared, Smoothed, StraightThrough
 from robench.defense import Defense
@@ -60,7 +61,7 @@ class Composition:
     applies: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
-@register("adaptive", version=1, paper="arXiv 2002.08347")
+@register("adaptive", version=2, paper="arXiv 2002.08347, 2211.08008")
 def adaptive(
     defense: Defense,
     x: Tensor,
@@ -188,7 +189,7 @@ def _all_towards(predictors: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def _members_margins(predictors: Tensor, y: Tensor, _target: Tensor) -> Tensor:
-    """Return the logistic loss of the predictors' margins, which weighs those that still stand (as MORA does, arXiv 2211.08008)."""
+    """Return the logistic loss of the predictors' margins, whose gradient weighs those that still stand: (B, N, C) -> (B,)."""
     count = predictors.shape[1]
     flat = predictors.flatten(0, 1)
     margins = margin(flat, y.repeat_interleave(count)) / _spread(flat)[:, 0]
@@ -206,6 +207,10 @@ def _sharp_ce(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 def _margin(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
     return margin(logits, y) / _spread(logits)[:, 0]
+
+
+def _reweighed(defense: Defense, share: float) -> TargetedLoss:
+    return lambda predictors, y, _target: reweighed(predictors, y, defense.aggregate, share)
 
 
 def _member(number: int) -> Guide:
@@ -230,6 +235,7 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
         Composition("mean of probabilities", _sharp_ce, mean_of_probabilities),
         Composition("members' margins", _members_margins, lambda shown: shown),
         Composition("all members towards targets", _all_towards, lambda shown: shown, targets=towards),
+        *(Composition(f"members reweighed, share {share:g}", _reweighed(defense, share), lambda shown: shown) for share in SHARES),
         *(Composition(f"member {number + 1}", _sharp_ce, _member(number)) for number in range(predictors)),
     ] if predictors > 1 else []  # fmt: skip
     frozen = [Composition("mean of logits, fixed noise", _sharp_ce, mean_of_logits, fixed=True)] if defense.random else []
