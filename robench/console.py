@@ -86,8 +86,8 @@ def outcome(r: Record) -> list[tuple[str, str]]:
     facts.append(("cost per image", f"{r.cost.forwards:,.1f} forwards, {r.cost.backwards:,.1f} backwards at the members"))
     facts.append(("time", f"{r.timing.seconds:,.1f} s on {r.provenance.device} ({r.provenance.processor})"))
     facts += [("partial", r.partial)] if r.partial else []
-    if r.defense.random:
-        failed = "; ".join(map(str, controls.failures(r)))
+    failed = "; ".join(map(str, controls.failures(r)))
+    if r.defense.random or failed:
         facts.append(("controls", f"failed: {failed}; another attack may leave far less" if failed else "passed"))
     return facts
 

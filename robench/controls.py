@@ -1,4 +1,4 @@
-"""What a random defense's controls say of the attack that a record rests on: pure functions of the record.
+"""Whether the attack that a record rests on worked at all: a random defense's controls, and a gradient. Pure functions of the record.
 
 With next to no budget an attack must leave the clean accuracy, and without any bound it must leave nothing (Athalye et al., arXiv
 1802.00420, section 3.1). One that leaves more than nothing optimises badly, or gives up: its robust accuracy is an upper bound
@@ -9,10 +9,15 @@ from dataclasses import dataclass
 
 from robench.estimate import Estimate
 from robench.record import Record
+from robench.threat import ThreatModel
 
 EXAMPLES = 32
 """The first examples of each control, or all where there are fewer."""
 TINY, UNBOUNDED = "tiny budget", "unbounded"
+FOLLOW_GRADIENTS = (
+    "apgd-ce", "apgd-dlr", "apgd-t", "autoattack-rand", "fab-t", "fgsm", "ifgsm", "mean-transfer", "pgd", "pgd-adam", "universal",
+)  # fmt: skip
+"""Attacks that have nothing but the gradient to go by."""
 ROBUST, CLEAN, CHANCE = "robust accuracy", "clean accuracy", "share of the commonest class"
 """What is kept of each, as in ``unbounded: robust accuracy``. An attack that changes all images alike, and so makes them all the same
 image when unbounded, leaves the class that this is given, so it is due no more than the commonest class's share."""
@@ -25,7 +30,7 @@ class Failure:
     """A control that failed.
 
     Attributes:
-        control: `TINY` or `UNBOUNDED`; `missing` where a random defense's record has none.
+        control: `TINY` or `UNBOUNDED`; `missing` where a random defense's record has none; `gradient` where there was none.
         text: what was found and what was due, with the numbers.
     """
 
@@ -42,10 +47,16 @@ def key(control: str, reading: str) -> str:
 
 
 def failures(record: Record) -> tuple[Failure, ...]:
-    """Return the controls that a random defense's record fails; a deterministic defense's has none to fail.
+    """Return why a record's attack cannot be taken to have worked: nothing where it can.
 
-    Each is a share of few examples, so one fails only if the 95 % interval of what should not be there lies above `SLACK`.
+    An attack by gradients needs one to have come back. A random defense's controls are shares of few examples, so one fails only
+    if the 95 % interval of what should not be there lies above `SLACK`; a deterministic defense has none.
     """
+    attack = record.attack.name.partition(",")[0]
+    follows = attack in FOLLOW_GRADIENTS or attack.rpartition("-")[0] in FOLLOW_GRADIENTS
+    attacked = record.clean_accuracy.value > 0 and ThreatModel.parse(record.threat).epsilon > 0
+    if follows and attacked and record.cost.backwards == 0:
+        return (Failure("gradient", "no gradient came back to the image (0 backwards), so that it had nothing to follow"),)
     if not record.defense.random:
         return ()
     found, n = record.controls, min(EXAMPLES, record.dataset.n)

@@ -129,6 +129,9 @@ def measure(
         reduced = torch.device(device).type == "cuda" and "batch_size" not in attack.parameters
         precision = "bfloat16" if reduced else "float32"
     size = int(attack.parameters.get("batch_size") or batch_size)
+    state = state_hash(defense)
+    targets.check_settled(target, state)
+    data.check_labels(dataset.labels, len(dataset.classes))
     first = as_float(dataset.images[:16]).to(device)
     behaviour = _predict_logits(target, first, torch.arange(len(first), device=device), seed, dataset)
     with counted(defense) as learning:
@@ -145,6 +148,7 @@ def measure(
         chunk = _load(path, _Chunk)
         if chunk is None:
             chunk = _attack_chunk(target, dataset, start, stop, threat, attack, seed, device, precision)
+            targets.check_settled(target, state)
             if path:
                 write_atomic(path, json.dumps(chunk.__dict__))
         chunks.append(chunk)

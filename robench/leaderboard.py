@@ -56,7 +56,7 @@ class Row:
 
     @property
     def trustworthy(self) -> bool:
-        """Whether any attack that was run passes its controls. If none does, the bound holds, but a working attack may leave far less."""
+        """Whether any attack that was run worked (`robench.controls`); if none did, the bound holds, but may lie far too high."""
         return any(not failures(record) for record in self.records)
 
     @property

@@ -84,7 +84,7 @@ def _run(
             raise UserError(f"AutoAttack's {version} version needs at least {least_classes} classes, and there are {classes}")
         # A channels-last batch makes its gradient check fail.
         images = x.detach().float().contiguous(memory_format=torch.contiguous_format)
-        model = FreshDraws(defense, seed) if defense.random else defense
+        model = _Float(FreshDraws(defense, seed) if defense.random else defense)
         attack = AutoAttack(model, norm=threat.norm, eps=threat.epsilon, seed=seed, version=version, device=x.device)
         for targeted in (attack.apgd_targeted, attack.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
@@ -101,6 +101,18 @@ def _classes(defense: Defense, image: Tensor, example: Tensor, seed: int) -> int
     if not logits.requires_grad:
         raise UserError("AutoAttack needs a gradient, and this defense's logits have none (a vote?); use mean-transfer-N")
     return int(logits.shape[1])
+
+
+class _Float(nn.Module):
+    """The model with logits in float32, which its attacks take for granted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return logits.float()
 
 
 @contextlib.contextmanager
