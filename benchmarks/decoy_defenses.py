@@ -17,6 +17,7 @@ from robench.aggregate import crossmax, majority_vote, mean_of_logits
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
 from robench.noise import Draw
+from robench.surrogate import Substitute
 
 Networks = Sequence[nn.Module]
 Builder = Callable[[Networks], Defense]
@@ -161,6 +162,17 @@ def jpeg(networks: Networks) -> Defense:
         return (transform.T @ kept @ transform).transpose(3, 4).reshape(x.shape).clamp(0, 1)
 
     return Behind(networks[0], before=compress)
+
+
+@decoy()
+def palette(networks: Networks) -> Defense:
+    """Pixels looked up in a table of twelve levels: no gradient, nor one straight through; it declares the identity as its surrogate."""
+
+    def look_up(x: Tensor, _draw: Draw | None) -> Tensor:
+        levels = torch.linspace(0, 1, 12, device=x.device, dtype=x.dtype)
+        return levels[(11 * x + 0.5).long().clamp(0, 11)]
+
+    return Behind(networks[0], before=Substitute(look_up, lambda x, _draw: x))
 
 
 @decoy(held_out=True)

@@ -28,7 +28,7 @@ def cifar10_blocks() -> dict[str, str]:
         defense_versions={name: entry.version for name, entry in entries().items()},
     )
     cells = [
-        [row.strongest.defense.name, row.strongest.threat, str(row.clean), f"≤ {row.robust}", row.strongest.attack.name,
+        [row.strongest.defense.name, row.strongest.threat, str(row.clean), row.bound, row.strongest.attack.name,
          f"{row.strongest.cost.forwards:,.0f} / {row.strongest.cost.backwards:,.0f}"]
         for row in rows
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from robench import controls
 from robench.claim import Claim, Settlement
 from robench.plugins import Failure
 from robench.record import Proportion, Record, clean_estimate, robust_estimate
@@ -77,11 +78,18 @@ def outcome(r: Record) -> list[tuple[str, str]]:
     if score is not None:
         readings = (("mean", score.mean), ("majority vote", score.majority), ("worst", score.worst))
         facts += [(f"  {name} of {score.draws} draws", _share(share)) for name, share in readings]
+        if score.own_count is not None:
+            by_stage = ", ".join(f"{stage} {100 * count / r.dataset.n:.1f} %" for stage, count in score.own_stages.items())
+            facts.append(("  the attack's own count", f"{_share(score.own_count)}, after one wrong draw{by_stage and ': ' + by_stage}"))
     facts += [(f"  control, {name}", f"{100 * value:.1f} %") for name, value in r.controls.items()]
     facts += [(f"  first fooled by {name}", str(count)) for name, count in r.stages.items()]
     facts.append(("cost per image", f"{r.cost.forwards:,.1f} forwards, {r.cost.backwards:,.1f} backwards at the members"))
     facts.append(("time", f"{r.timing.seconds:,.1f} s on {r.provenance.device} ({r.provenance.processor})"))
-    return facts + ([("partial", r.partial)] if r.partial else [])
+    facts += [("partial", r.partial)] if r.partial else []
+    failed = "; ".join(map(str, controls.failures(r)))
+    if r.defense.random or failed:
+        facts.append(("controls", f"failed: {failed}; another attack may leave far less" if failed else "passed"))
+    return facts
 
 
 def weights_facts(config: Config) -> list[tuple[str, str]]:

@@ -86,6 +86,16 @@ def as_float(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Make sure that labels (N,) lie from 0 to `classes` - 1.
+
+    Raises:
+        UserError: if they do not.
+    """
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UserError(f"labels span {int(labels.min())} to {int(labels.max())}, and there are {classes} classes")
+
+
 def from_tensors(images: Tensor, labels: Tensor, classes: int, name: str = "custom") -> Dataset:
     """Return images and labels of one's own as the test split of a data set.
 
@@ -107,8 +117,7 @@ def from_tensors(images: Tensor, labels: Tensor, classes: int, name: str = "cust
         if not (low >= 0 and high <= 1):
             raise UserError(f"images span [{low:.4g}, {high:.4g}], not [0, 1]; scale them, and normalise inside the model")
     labels = labels.to(torch.int64)
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise UserError(f"labels span {int(labels.min())} to {int(labels.max())}, and there are {classes} classes")
+    check_labels(labels, classes)
     names = tuple(str(label) for label in range(classes))
     return Dataset(name, "test", images.cpu(), labels.cpu(), names, _fingerprint(images.cpu(), labels.cpu()))
 

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, data, record, targets, zoo
+from robench import attacks, controls, data, record, targets, zoo
 from robench.attacks import Attack, Found
 from robench.cost import Cost, counted
 from robench.data import Dataset, as_float
@@ -25,14 +25,13 @@ from robench.estimate import Estimate
 from robench.files import write_atomic
 from robench.noise import Draw
 from robench.record import Record
+from robench.surrogate import declares
 from robench.targets import Target
 from robench.threat import ThreatModel
 from robench.training import state_hash
 
 SCORING_DRAWS = 10
 """Fresh draws that score a random defense."""
-CONTROL_EXAMPLES = 32
-"""Examples of each control of a random defense."""
 
 Precision = Literal["float32", "bfloat16"]
 Progress = Callable[[str], None]
@@ -72,7 +71,8 @@ def evaluate(
 class _Chunk:
     """The outcome of some consecutive examples: predictions (draws, B) on clean and adversarial images, cost and seconds.
 
-    `stages` tells how many of them each stage of the attack was the first to fool.
+    `stages` tells how many of them each stage of the attack was the first to fool, and `counted` how many the attack itself
+    still counts as robust after each, where it makes a count of its own.
     """
 
     clean: list[list[int]]
@@ -81,6 +81,7 @@ class _Chunk:
     backwards: int
     seconds: float
     stages: dict[str, int] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
 
 
 def measure(
@@ -128,6 +129,9 @@ def measure(
         reduced = torch.device(device).type == "cuda" and "batch_size" not in attack.parameters
         precision = "bfloat16" if reduced else "float32"
     size = int(attack.parameters.get("batch_size") or batch_size)
+    state = state_hash(defense)
+    targets.check_settled(target, state)
+    data.check_labels(dataset.labels, len(dataset.classes))
     first = as_float(dataset.images[:16]).to(device)
     behaviour = _predict_logits(target, first, torch.arange(len(first), device=device), seed, dataset)
     with counted(defense) as learning:
@@ -144,6 +148,7 @@ def measure(
         chunk = _load(path, _Chunk)
         if chunk is None:
             chunk = _attack_chunk(target, dataset, start, stop, threat, attack, seed, device, precision)
+            targets.check_settled(target, state)
             if path:
                 write_atomic(path, json.dumps(chunk.__dict__))
         chunks.append(chunk)
@@ -156,8 +161,8 @@ def measure(
             partial = f"stopped after {stop} of {len(dataset)} examples, its budget of passes or time spent ({spent})"
             dataset = dataset.first(stop)
             break
-    controls = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random and not attack.apply else {}
-    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, learning, controls, partial)
+    control = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random else {}
+    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, learning, control, partial)
 
 
 def fitted(attack: Attack, target: Target, dataset: Dataset, threat: ThreatModel, *, seed: int, device: str = "cpu") -> Attack:
@@ -182,6 +187,10 @@ def _key(
         target.name, target.version, state_hash(target.defense), hashlib.sha256(behaviour.cpu().numpy().tobytes()).hexdigest(),
         dataset.fingerprint, str(threat), attack.name, attack.version, dict(attack.parameters), seed, size, precision,
         "" if attack.learnt is None else hashlib.sha256(attack.learnt.cpu().numpy().tobytes()).hexdigest(),
+        # What earlier versions kept of a random defense lacks the attack's own count.
+        *(["counted"] if target.defense.random else []),
+        # Logits do not tell of surrogates, which attacks use.
+        *(["surrogates"] if declares(target.defense) else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -228,8 +237,8 @@ def _attack_chunk(
     if (problem := threat.violation(x_adv, x)) is not None:
         raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
     clean, robust = predictions(defense, x, examples, seed), predictions(defense, x_adv, examples, seed)
-    return _Chunk(clean.tolist(), robust.tolist(), cost.forwards, cost.backwards, time.monotonic() - started,
-                  {name: int(first.sum()) for name, first in found.stages.items()})  # fmt: skip
+    stages, counted_robust = ({name: int(marks.sum()) for name, marks in by.items()} for by in (found.stages, found.counted))
+    return _Chunk(clean.tolist(), robust.tolist(), cost.forwards, cost.backwards, time.monotonic() - started, stages, counted_robust)
 
 
 def _adversarial(
@@ -246,7 +255,7 @@ def _adversarial(
         again = claimed & (predictions(defense, x_adv, examples, seed)[0] == y)
         if bool(again.any()):
             x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
-    return Found(x_adv, found.stages)
+    return replace(found, x_adv=x_adv)
 
 
 @torch.no_grad()
@@ -272,9 +281,10 @@ def _controls(
     target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, device: str, cache: Path | None, behaviour: Tensor
 ) -> dict[str, float]:
     """Return a random defense's controls on the first examples: with no budget the attack must leave the clean accuracy
-    standing, with any budget none. They are the same for every budget of a norm.
+    standing, with any budget none (see `robench.controls`). They are the same for every budget of a norm, but for an attack that
+    learns, whose perturbation is scaled down for the first and learnt anew for the second.
     """
-    few = dataset.first(min(CONTROL_EXAMPLES, len(dataset)))
+    few = dataset.first(min(controls.EXAMPLES, len(dataset)))
     key = _key(target, few, ThreatModel(threat.norm, Fraction(0)), attack, seed, len(few), "float32", behaviour)
     path = cache / "evaluations" / key / "controls.json" if cache else None
     if known := _load(path, dict[str, float]):
@@ -282,10 +292,14 @@ def _controls(
     values = few.images[0].numel()
     everything = {"Linf": 1, "L2": int(values**0.5) + 1, "L1": values}[threat.norm]
     results = {}
-    for name, budget in (("tiny budget", Fraction(1, 10**6)), ("unbounded", Fraction(everything))):
-        chunk = _attack_chunk(target, few, 0, len(few), ThreatModel(threat.norm, budget), attack, seed, device, "float32")
-        results[f"{name}: robust accuracy"] = float(_correct(chunk.robust, few.labels, 0).mean())
-        results[f"{name}: clean accuracy"] = float(_correct(chunk.clean, few.labels, 0).mean())
+    for name, budget in ((controls.TINY, Fraction(1, 10**6)), (controls.UNBOUNDED, Fraction(everything))):
+        within = ThreatModel(threat.norm, budget)
+        if attack.apply and name == controls.UNBOUNDED:
+            attack = fitted(replace(attack, learnt=None), target, dataset, within, seed=seed, device=device)
+            results[controls.key(name, controls.CHANCE)] = float(few.labels.bincount().max()) / len(few)
+        chunk = _attack_chunk(target, few, 0, len(few), within, attack, seed, device, "float32")
+        results[controls.key(name, controls.ROBUST)] = float(_correct(chunk.robust, few.labels, 0).mean())
+        results[controls.key(name, controls.CLEAN)] = float(_correct(chunk.clean, few.labels, 0).mean())
     if path:
         write_atomic(path, json.dumps(results))
     return results
@@ -302,7 +316,7 @@ def _record(
     device: str,
     chunks: list[_Chunk],
     learning: Cost,
-    controls: dict[str, float],
+    control: dict[str, float],
     partial: str | None,
 ) -> Record:
     labels = dataset.labels.numpy()
@@ -334,8 +348,8 @@ def _record(
         cost=record.CostPerImage(forwards=total.forwards / n, backwards=total.backwards / n),
         stages={name: sum(c.stages[name] for c in chunks) for name in chunks[0].stages},
         outcomes=record.Outcomes(clean=clean.mean(0).tolist(), robust=robust.mean(0).tolist()),
-        random_score=_random_score(robust, robust_classes, labels, len(dataset.classes)) if defense.random else None,
-        controls=controls,
+        random_score=_random_score(robust, robust_classes, labels, len(dataset.classes), chunks) if defense.random else None,
+        controls=control,
         training=target.training,
         precision=precision,
         partial=partial,
@@ -344,13 +358,16 @@ def _record(
     )  # fmt: skip
 
 
-def _random_score(correct: Any, classes: Any, labels: Any, count: int) -> record.RandomScore:
-    """Return the three readings of a random defense's outcomes (draws, n)."""
+def _random_score(correct: Any, classes: Any, labels: Any, count: int, chunks: list[_Chunk]) -> record.RandomScore:
+    """Return the three readings of a random defense's outcomes (draws, n), and the attack's own where it has one."""
     votes = np.stack([(classes == c).sum(0) for c in range(count)])
 
     def share(values: Any) -> record.Proportion:
         return record.Proportion.of(Estimate.of(np.asarray(values, dtype=float)))
 
+    own = {stage: sum(c.counted[stage] for c in chunks) for stage in chunks[0].counted}
+    standing = np.arange(len(labels)) < list(own.values())[-1] if own else None
     return record.RandomScore(
-        draws=len(correct), mean=share(correct.mean(0)), majority=share(votes.argmax(0) == labels), worst=share(correct.all(0))
-    )
+        draws=len(correct), mean=share(correct.mean(0)), majority=share(votes.argmax(0) == labels), worst=share(correct.all(0)),
+        own_count=None if standing is None else share(standing), own_stages=own,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
 
+from robench.controls import failures
 from robench.estimate import Estimate
 from robench.record import Proportion, Record, Scale, clean_estimate, file_name, worst_case
 from robench.threat import ThreatModel
@@ -54,14 +55,31 @@ class Row:
         return tuple(dict.fromkeys(record.attack.name for record in self.records))
 
     @property
+    def trustworthy(self) -> bool:
+        """Whether any attack that was run worked (`robench.controls`); if none did, the bound holds, but may lie far too high."""
+        return any(not failures(record) for record in self.records)
+
+    @property
+    def bound(self) -> str:
+        """The robust accuracy as it is shown: what it bounds from above, and whether to trust that."""
+        return f"≤ {self.robust}" + ", not trustworthy" * (not self.trustworthy)
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the number must know: how a random defense was scored, unfinished runs, staleness."""
+        """What a reader of the number must know: how a random defense was scored, failed controls, unfinished runs, staleness."""
         notes = []
         if score := self.strongest.random_score:
             mean, worst = (f"{100 * share.value:.1f} %" for share in (score.mean, score.worst))
             notes.append(f"random, {score.draws} draws of {self.strongest.attack.name}: mean {mean}, worst draw {worst}")
+        for record in self.records:
+            if record.random_score and (own := record.random_score.own_count):
+                mean = f"{100 * record.robust_accuracy.value:.1f} %"
+                notes.append(f"{record.attack.name} itself counts {100 * own.value:.1f} %, fresh draws give {mean} (n={own.n})")
+        failed = dict.fromkeys(f"control failed ({r.attack.name}): {failure}" for r in self.records for failure in failures(r))
+        if not self.trustworthy:
+            notes.append("no trustworthy upper bound: every attack that was run fails a control")
         partial = dict.fromkeys(f"partial ({r.attack.name}): {r.partial}" for r in self.records if r.partial is not None)
-        return (*notes, *partial, *(f"stale: {reason}" for reason in self.stale))
+        return (*notes, *failed, *partial, *(f"stale: {reason}" for reason in self.stale))
 
 
 def rows(
@@ -192,7 +210,7 @@ def _cells(row: Row) -> list[str]:
         f"{record.defense.name} (seed {record.defense.training_seed})",
         record.dataset.name,
         record.threat,
-        f"≤ {row.robust}",
+        row.bound,
         str(row.clean),
         record.attack.name,
         ", ".join(row.attacks),
@@ -221,6 +239,7 @@ def _full(row: Row) -> dict[str, Any]:
         "scale": record.scale,
         "robust_accuracy": _share(row.robust),
         "clean_accuracy": _share(row.clean),
+        "trustworthy": row.trustworthy,
         "strongest_attack": record.attack.name,
         "attacks": [
             r.attack.model_dump(mode="json") | {"seed": r.seed, "robust_accuracy": _share(r.robust_accuracy), "cost": r.cost.model_dump()}

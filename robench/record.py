@@ -123,7 +123,9 @@ class Outcomes(_Model):
 class RandomScore(_Model):
     """The robust accuracy of a random defense over fresh draws: their mean, the majority vote, and the worst draw.
 
-    `own_count` is the share that the attack itself counts as surviving, where it says so.
+    `own_count` is the share that the attack itself counts as robust, where it makes a count, and `own_stages` how many examples it
+    counts after each of its stages, ``clean`` (before any) first. AutoAttack lets an example have one wrong draw, and several
+    chances to have it, so its count lies below the mean over fresh draws of the images that it returns; papers report either.
     """
 
     draws: Positive
@@ -131,6 +133,16 @@ class RandomScore(_Model):
     majority: Proportion
     worst: Proportion
     own_count: Proportion | None = None
+    own_stages: dict[str, Count] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _counts_end_in_the_share(self) -> Self:
+        counts, own = list(self.own_stages.values()), self.own_count
+        if counts and (own is None or own.n != self.mean.n or abs(own.value - counts[-1] / own.n) > 1e-9):
+            raise ValueError(f"own_count ({own}) is not the share of {self.mean.n} examples that own_stages {self.own_stages} end with")
+        if counts != sorted(counts, reverse=True):
+            raise ValueError(f"own_stages {self.own_stages} rise from one stage to the next")
+        return self
 
 
 class Provenance(_Model):

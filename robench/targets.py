@@ -121,6 +121,22 @@ def trained(
     return Target(defense.eval(), named.text, entry.version, "zoo", entry.paper.arxiv, seed, summary)
 
 
+def check_settled(target: Target, state: str) -> None:
+    """Make sure that a defense in evaluation mode is in it throughout, and that its weights and buffers are what they were.
+
+    Args:
+        target: what is attacked.
+        state: `training.state_hash` of its defense before.
+
+    Raises:
+        UserError: if a module stays in training mode, where answers depend on the batch, or anything changed.
+    """
+    if stuck := [name or type(module).__name__ for name, module in target.defense.named_modules() if module.training]:
+        raise UserError(f"{target.name} stays in training mode after eval() ({stuck[0]}), where its answers may depend on the batch")
+    if training.state_hash(target.defense) != state:
+        raise UserError(f"{target.name} changes its weights or buffers while it is attacked, so no two answers are of the same model")
+
+
 def check_classes(target: Target, logits_shape: tuple[int, ...], dataset: Dataset) -> None:
     """Make sure that logits (B, classes) fit the data set.
 

@@ -25,6 +25,9 @@ def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+CONTROLS = [f"{budget}: {reading} accuracy" for budget in ("tiny budget", "unbounded") for reading in ("robust", "clean")]
+
+
 @pytest.fixture
 def make_record() -> Callable[..., Record]:
     """Build a valid record from its outcomes: ``make_record([1, 0], defense={"name": "natural"}, seed=3)``.
@@ -59,7 +62,7 @@ def make_record() -> Callable[..., Record]:
             "cost": {"forwards": 160.0, "backwards": 160.0},
             "outcomes": {"clean": clean, "robust": list(robust)},
             "random_score": {"draws": 10, "mean": share, "majority": share, "worst": share} if random else None,
-            "controls": {"tiny budget": 1.0},
+            "controls": dict(zip(CONTROLS, (0.9, 0.9, 0.0, 0.9), strict=True)) if random else {},
             "training": {"epochs": 3, "recipe": "adversarial", "rate": 0.1, "augment": True, "schedule": None},
             "precision": "float32",
             "provenance": {

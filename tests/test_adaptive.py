@@ -210,6 +210,46 @@ def test_fast_goes_straight_through_where_there_is_no_gradient(kind: str) -> Non
     assert (predicted(defense, found.x_adv) == y).sum() <= 2
 
 
+class Turned(torch.autograd.Function):
+    """The identity; a part of its gradient is right, and the rest comes back elsewhere."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(_ctx: object, gradient: Tensor) -> Tensor:
+        return 0.3 * gradient + gradient.roll((3, 3), dims=(-2, -1))
+
+
+def test_fast_goes_without_a_gradient_that_misleads() -> None:
+    defense, x, threat = as_defense(Wrapped(before=Turned.apply)), images(), ThreatModel.parse("Linf:0.045")  # type: ignore[arg-type]
+    y = predicted(defense.eval(), x)
+    idle, found = (run(f"fast,queries={queries}", defense, x, y, threat) for queries in (1, 300))
+    standing = [int((predicted(defense, at.x_adv) == y).sum()) for at in (idle, found)]
+    assert int(found.stages["square"].sum()) == standing[0] - standing[1] >= 2
+    for name, marks in idle.stages.items():
+        assert torch.equal(marks, found.stages[name]) or name == "square"
+
+
+@pytest.mark.parametrize("threat", ["Linf:0.001", "Linf:0.02", "Linf:0.06", "L2:0.2", "L1:1"])
+def test_fast_doubts_no_honest_gradient(threat: str) -> None:
+    """So that no query is spent: with one and with many its images and passes are the same."""
+    for number in range(3):
+        defense, x = as_defense(Network(number)).eval(), images()
+        y, results = predicted(defense, x), []
+        for queries in (1, 300):
+            with counted(defense) as cost:
+                found = run(f"fast,queries={queries}", defense, x, y, ThreatModel.parse(threat))
+            results.append((found.x_adv, cost))
+        assert torch.equal(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1]
+
+
 @pytest.mark.parametrize("kind", MASKED)
 def test_fast_is_no_weaker_than_a_few_steps_on_the_prediction(kind: str) -> None:
     defense, x = as_defense(MASKED[kind]()), images()

@@ -225,6 +225,7 @@ def test_a_random_defense_is_shown_with_its_three_readings(make_record: Callable
     assert {"  mean of 10 draws", "  majority vote of 10 draws", "  worst of 10 draws"} < facts.keys()
     assert facts["  mean of 10 draws"].startswith("50.0 % [")
     assert facts["  control, tiny budget"] == "75.0 %"
+    assert facts["controls"] == "passed"
     assert "partial" not in facts
     assert dict(console.outcome(make_record([1, 0], partial="2 of 100")))["partial"] == "2 of 100"
 

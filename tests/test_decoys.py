@@ -18,7 +18,7 @@ from robench.targets import Target
 from robench.threat import ThreatModel
 
 LINF = ThreatModel.parse("Linf:48/255")
-NO_GRADIENT = ("rounded_logits", "stopped_gradient", "hard_vote", "quantised_input", "thermometer", "jpeg")
+NO_GRADIENT = ("rounded_logits", "stopped_gradient", "hard_vote", "quantised_input", "thermometer", "jpeg", "palette")
 
 
 @pytest.fixture(scope="session")

@@ -20,12 +20,14 @@ from robench.attacks.ascent import Plan, TargetedLoss, ascend
 from robench.attacks.fast import fast
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
+from robench.attacks.reweighing import SHARES, reweighed
 from robench.attacks.square import square
-from robench.attacks.views import Smoothed, StraightThrough
+from robench.attacks.views import Declared, Smoothed, StraightThrough
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.losses import cross_entropy, margin
 from robench.noise import Draw
+from robench.surrogate import declares
 from robench.threat import ThreatModel
 
 JUDGING = range(2**30, 2**30 + 10)
@@ -59,7 +61,7 @@ class Composition:
     applies: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
-@register("adaptive", version=1, paper="arXiv 2002.08347")
+@register("adaptive", version=2, paper="arXiv 2002.08347, 2211.08008")
 def adaptive(
     defense: Defense,
     x: Tensor,
@@ -187,7 +189,7 @@ def _all_towards(predictors: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def _members_margins(predictors: Tensor, y: Tensor, _target: Tensor) -> Tensor:
-    """Return the logistic loss of the predictors' margins, which weighs those that still stand (as MORA does, arXiv 2211.08008)."""
+    """Return the logistic loss of the predictors' margins, whose gradient weighs those that still stand: (B, N, C) -> (B,)."""
     count = predictors.shape[1]
     flat = predictors.flatten(0, 1)
     margins = margin(flat, y.repeat_interleave(count)) / _spread(flat)[:, 0]
@@ -205,6 +207,10 @@ def _sharp_ce(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 def _margin(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
     return margin(logits, y) / _spread(logits)[:, 0]
+
+
+def _reweighed(defense: Defense, share: float) -> TargetedLoss:
+    return lambda predictors, y, _target: reweighed(predictors, y, defense.aggregate, share)
 
 
 def _member(number: int) -> Guide:
@@ -229,9 +235,13 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
         Composition("mean of probabilities", _sharp_ce, mean_of_probabilities),
         Composition("members' margins", _members_margins, lambda shown: shown),
         Composition("all members towards targets", _all_towards, lambda shown: shown, targets=towards),
+        *(Composition(f"members reweighed, share {share:g}", _reweighed(defense, share), lambda shown: shown) for share in SHARES),
         *(Composition(f"member {number + 1}", _sharp_ce, _member(number)) for number in range(predictors)),
     ] if predictors > 1 else []  # fmt: skip
     frozen = [Composition("mean of logits, fixed noise", _sharp_ce, mean_of_logits, fixed=True)] if defense.random else []
+    declared = [Composition("declared surrogate", _margin, view=Declared)] if declares(defense) else []
+    if declared and predictors > 1:
+        declared.append(Composition("declared surrogate, mean of logits", _sharp_ce, mean_of_logits, view=Declared))
     flat = partial(_has_flat_steps, defense, seed)
     straight = [Composition("straight-through prediction", _margin, view=StraightThrough, applies=flat)]
     if predictors > 1:
@@ -240,7 +250,7 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
     smooth = Composition("smoothed prediction", _margin, view=lambda d: Smoothed(d, deviation), applies=shattered)
     onward = Composition("onward from the best", _margin, onward=True)
     first = [mean, *frozen, *direct] if defense.random else [*direct, mean]
-    return [*first, *structure, *straight, smooth, onward]
+    return [*first, *structure, *declared, *straight, smooth, onward]
 
 
 def _gradient(defense: Defense, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ def autoattack(
 
     A random defense is attacked on every example by every stage. Their images are compared by the mean cross-entropy over
     draws that are the same for all, and the highest is kept; it counts as fooled where every one of these draws is wrong.
+    `Found.counted` is AutoAttack's own count: an example is out after one wrong draw, of which the clean image has one and each
+    stage's image another. It is lower than the accuracy over fresh draws, since the examples have several chances to fail.
 
     Args beyond every attack's: `steps` of the first three stages; `queries` of Square; `draws`, the noise draws averaged at each
     step and query for a random defense.
@@ -89,7 +91,8 @@ def autoattack_rand(
 
     Unlike the authors', it attacks every example to the last step in both stages, keeps the iterate of highest mean loss, and of
     the two images the one of higher mean cross-entropy over draws that are the same for both. With 2 classes there is no
-    APGD-DLR. On a deterministic defense each stage runs on what the one before did not fool.
+    APGD-DLR. On a deterministic defense each stage runs on what the one before did not fool. AutoAttack's own count, by one draw
+    after each stage, is `Found.counted` as in `autoattack`.
 
     Args beyond every attack's: `steps` of each stage and `draws`, the noise draws averaged at each.
     """
@@ -124,13 +127,18 @@ def _run(stages: Stages, defense: Defense, x: Tensor, y: Tensor, threat: ThreatM
     with frozen(defense):
         clean = look(x, everything)
         x_adv, loss, fooled, found = x.clone(), clean.loss, clean.fooled, dict[str, Tensor]()
+        standing = ~clean.wrong[0]
+        counted = {"clean": standing}
         for name, stage in stages.items():
             found[name] = torch.zeros_like(fooled)
+            counted[name] = standing = standing.clone()
             index = everything if defense.random else (~fooled).nonzero()[:, 0]
             if not len(index) or threat.epsilon == 0:
                 continue
             images = stage(defense, x[index], y[index], threat, examples=examples[index], seed=seed)
             point = look(images, index)
+            # Each look takes a draw of its own, as AutoAttack does: on the same one an example would have the same luck again.
+            standing[index] &= ~point.wrong[len(found) % len(point.wrong)]
             found[name][index] = point.fooled & ~fooled[index]
             better = point.loss > loss[index]
             if not defense.random:
@@ -138,4 +146,4 @@ def _run(stages: Stages, defense: Defense, x: Tensor, y: Tensor, threat: ThreatM
             kept = index[better]
             x_adv[kept], loss[kept] = images[better], point.loss[better]
             fooled |= found[name]
-    return Found(x_adv, found)
+    return Found(x_adv, found, counted if defense.random else {})

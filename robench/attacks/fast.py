@@ -6,6 +6,7 @@ from the clean image so far: where that is large, more steps do not help, and wh
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from robench.attacks.ascent import Plan, ascend
 from robench.attacks.objective import Guide, evaluate_point, image_gradient
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
-from robench.attacks.views import StraightThrough
+from robench.attacks.steps import steepest
+from robench.attacks.views import Declared, StraightThrough
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.losses import margin
 from robench.noise import Draw
+from robench.surrogate import declares
 from robench.threat import ThreatModel
 
 TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
@@ -27,11 +30,16 @@ TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
 ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
 """Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
 STAGES = ("margin", "mean of logits", "targets", "onward", "straight-through", "square")
+DECLARED = "declared surrogate"
+"""A stage of the defenses that declare one."""
 JUDGING = range(2**30, 2**30 + 10)
 """Draws that judge a random defense's images; no ascent takes them."""
 DUAL = {"Linf": 1.0, "L2": 2.0, "L1": float("inf")}
 MASKED = 0.1
 """Where an ascent gains less than this share of what the clean image's gradient promises, that is taken to be masked."""
+SUSPECT, NEAR = 0.5, Fraction(1, 16)
+"""Where it gains less than this share, the promise is put to the test within this share of the budget, in which an honest model is
+almost linear: one that keeps less than half of it has a gradient that misleads."""
 
 
 @register("fast", version=1, paper="arXiv 2003.01690, 2206.07314, 2203.05154")
@@ -51,8 +59,10 @@ def fast(
 
     First `steps` on the margin of the prediction (and, where predictors are combined by anything but their mean, of the mean of
     their logits); then towards target classes in the order of their estimated distance, for the examples within reach; then
-    onward from the best image, for those in close reach. Where the gradient leads nowhere, it is made straight-through, and Square
-    spends `queries`. A random defense is attacked on all examples, by the first ascents and one onward, with `draws` at each step.
+    onward from the best image, for those in close reach. Where the gradient leads nowhere, it is that of the surrogates which the
+    defense declares, then made straight-through; where that does not help, or the gradient misleads, Square spends `queries`. A
+    random defense is attacked on all examples, by the first ascents, one through declared surrogates and one onward, with `draws`
+    at each step.
 
     Args beyond every attack's: `steps`, `draws`, `queries`.
 
@@ -67,10 +77,12 @@ def fast(
     search.ascend("margin", search.standing if not defense.random else ~search.combined, steps)
     search.ascend("mean of logits", search.standing & search.combined, steps, guide=mean_of_logits)
     if defense.random:
+        if declares(defense):
+            search.ascend(DECLARED, torch.ones_like(search.combined), 2 * steps, view=Declared)
         search.ascend("onward", ~search.combined, 2 * steps, onward=0.5)
         search.ascend("onward", search.combined, 2 * steps, guide=mean_of_logits, onward=0.5)
         return search.found()
-    masked = search.gains_less_than(MASKED)
+    masked, misled = search.lost_gradients()
     order = search.nearest_targets(search.standing & ~masked & (search.reach < TIERS[0][0]))
     for rank in range(order.shape[1]):
         for (reach, targets, length), (closer, *_) in zip(TIERS, (*TIERS[1:], (-1.0,)), strict=True):
@@ -79,8 +91,10 @@ def fast(
                 search.ascend("targets", within, length, target=order[:, rank])
     for reach, length, first_step in ONWARD:
         search.ascend("onward", search.standing & (search.reach < reach), length, target=search.goal, onward=first_step)
+    if declares(defense):
+        search.ascend(DECLARED, search.standing & masked, 2 * steps, view=Declared)
     search.ascend("straight-through", search.standing & masked, 2 * steps, view=StraightThrough)
-    index = (search.standing & masked).nonzero()[:, 0]
+    index = (search.standing & (masked | misled)).nonzero()[:, 0]
     if queries and len(index):
         x_adv = square(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=queries)
         search.see("square", index, x_adv)
@@ -99,7 +113,7 @@ class _Search:
         self.defense, self.x, self.y, self.threat = defense, x, y, threat
         self.examples, self.seed, self.draws = examples, seed, draws
         self.best, self.runs = x.clone(), 0
-        self.stages = {name: torch.zeros_like(y, dtype=torch.bool) for name in STAGES}
+        self.stages = {name: torch.zeros_like(y, dtype=torch.bool) for name in (*STAGES, *([DECLARED] if declares(defense) else []))}
         mean, self.logits = self._logits(x, examples)
         self.classes = self.logits.shape[1]
         self.combined = ((self.logits.log_softmax(1) - mean.log_softmax(1)).abs() > 1e-3).any(1)
@@ -172,19 +186,30 @@ class _Search:
             self.fooled[index[fooled]] = True
         self.stages[name][index[fooled & better]] = True
 
-    def gains_less_than(self, share: float) -> Tensor:
-        """Say which standing examples gained less than a share of what the clean gradient promises, or have none: bool (B,)."""
-        less, index = torch.zeros_like(self.fooled), self.standing.nonzero()[:, 0]
-        if len(index):
-            y = self.y[index]
-            point = evaluate_point(
-                self.defense, self.x[index], y, lambda logits: margin(logits, y),
-                examples=self.examples[index], seed=self.seed, numbers=range(1),
-            )  # fmt: skip
-            slope = point.gradient.flatten(1).norm(p=DUAL[self.threat.norm], dim=1)
-            # Without a gradient, what was gained came from the random start.
-            less[index] = ((self.margin - self.clean_margin)[index] < share * self.threat.epsilon * slope) | (slope < 1e-12)
-        return less
+    def lost_gradients(self) -> tuple[Tensor, Tensor]:
+        """Return which standing examples have a masked gradient, and which others a misleading one: bool (B,) each.
+
+        It is masked where less was gained than `MASKED` of what the clean image's gradient promises, or there is none.
+        """
+        masked, misled = torch.zeros_like(self.fooled), torch.zeros_like(self.fooled)
+        if not len(index := self.standing.nonzero()[:, 0]):
+            return masked, misled
+        x, y = self.x[index], self.y[index]
+        point = evaluate_point(
+            self.defense, x, y, lambda logits: margin(logits, y), examples=self.examples[index], seed=self.seed, numbers=range(1)
+        )
+        slope = point.gradient.flatten(1).norm(p=DUAL[self.threat.norm], dim=1)
+        gained, promise = (self.margin - self.clean_margin)[index], self.threat.epsilon * slope
+        # Without a gradient, what was gained came from the random start.
+        masked[index] = (gained < MASKED * promise) | (slope < 1e-12)
+        suspect = ~masked[index] & (gained < SUSPECT * promise)
+        if bool(suspect.any()):
+            x, gradient, rows = x[suspect], point.gradient[suspect], index[suspect]
+            near = self.threat.scaled(NEAR)
+            there = near.project(x + near.epsilon * steepest(gradient, near.norm, x), x)
+            rise = margin(self._logits(there, self.examples[rows])[1], self.y[rows]) - self.clean_margin[rows]
+            misled[rows] = rise < (gradient * (there - x)).flatten(1).sum(1) / 2
+        return masked, misled
 
     def nearest_targets(self, held: Tensor) -> Tensor:
         """Return up to 9 wrong classes (B, T), the nearest first by the linearised distance at the clean image.

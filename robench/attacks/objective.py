@@ -28,12 +28,17 @@ class Point:
     Attributes:
         loss: (B,) the mean loss over draws.
         gradient: (B, C, H, W) its gradient in the image; zeros where it was not asked for.
-        fooled: bool (B,) misclassified on every draw evaluated (for a deterministic defense: misclassified).
+        wrong: bool (draws, B) misclassified, for each draw evaluated (one row for a deterministic defense).
     """
 
     loss: Tensor
     gradient: Tensor
-    fooled: Tensor
+    wrong: Tensor
+
+    @property
+    def fooled(self) -> Tensor:
+        """Misclassified on every draw evaluated (for a deterministic defense: misclassified): bool (B,)."""
+        return self.wrong.all(0)
 
 
 def draw_numbers(step: int, draws: int, fixed: bool = False) -> range:
@@ -70,8 +75,7 @@ def evaluate_point(
     """
     numbers = numbers if defense.random else range(1)
     point = x.detach().requires_grad_(gradient)
-    loss, total = torch.zeros(len(x), device=x.device), torch.zeros_like(x)
-    fooled = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    loss, total, wrong = torch.zeros(len(x), device=x.device), torch.zeros_like(x), []
     for number in numbers:
         with torch.set_grad_enabled(gradient):
             draw = Draw(seed, examples, number) if defense.random else None
@@ -84,8 +88,8 @@ def evaluate_point(
         if gradient:
             total += image_gradient(each, point)
         loss += each.detach().float()
-        fooled &= logits.detach().argmax(1) != y
-    return Point(loss / len(numbers), total / len(numbers), fooled)
+        wrong.append(logits.detach().argmax(1) != y)
+    return Point(loss / len(numbers), total / len(numbers), torch.stack(wrong))
 
 
 @torch.no_grad()

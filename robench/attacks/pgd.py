@@ -226,5 +226,5 @@ def _better(old: tuple[Tensor, Point], new: tuple[Tensor, Point], random: bool) 
     if not random:
         gains = (new[1].fooled & ~old[1].fooled) | (gains & (new[1].fooled == old[1].fooled))
     choose = gains.reshape(-1, *[1] * (new[0].ndim - 1))
-    loss, fooled = torch.where(gains, new[1].loss, old[1].loss), torch.where(gains, new[1].fooled, old[1].fooled)
-    return torch.where(choose, new[0], old[0]), Point(loss, old[1].gradient, fooled)
+    loss, wrong = torch.where(gains, new[1].loss, old[1].loss), torch.where(gains, new[1].wrong, old[1].wrong)
+    return torch.where(choose, new[0], old[0]), Point(loss, old[1].gradient, wrong)

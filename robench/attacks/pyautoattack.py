@@ -10,7 +10,7 @@ attacks leave the box by rounding, and the budget on images of one value.
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 from unittest import mock
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robench.attacks.objective import frozen
-from robench.attacks.registry import register
+from robench.attacks.registry import Found, register
 from robench.defense import Defense, FreshDraws
 from robench.errors import UserError
 from robench.noise import Draw
@@ -28,10 +28,11 @@ from robench.threat import ThreatModel
 @register("pyautoattack", version=1, paper="arXiv 2003.01690")
 def pyautoattack(
     defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int, batch_size: int = 100
-) -> Tensor:
+) -> Found:
     """The standard version: APGD-CE, targeted APGD, targeted FAB and Square, each on what those before it did not fool.
 
-    Towards 9 targets (5 for L1), or all wrong classes where there are fewer. A random defense takes fresh noise at every pass.
+    Towards 9 targets (5 for L1), or all wrong classes where there are fewer. A random defense takes fresh noise at every pass,
+    and `Found.counted` is what it prints of one.
 
     Args beyond every attack's: `batch_size`, images attacked together, on which the result depends.
 
@@ -45,11 +46,12 @@ def pyautoattack(
 @register("pyautoattack-rand", version=1, paper="arXiv 2003.01690")
 def pyautoattack_rand(
     defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int, batch_size: int = 100
-) -> Tensor:
+) -> Found:
     """The version for random defenses: APGD-CE and APGD-DLR with gradients averaged over 20 draws.
 
     It drops an example after one misclassified draw and returns what it did not fool as the clean image, so it overstates the
-    robustness of a random defense scored on fresh draws; it is here as the reference that papers report.
+    robustness of a random defense scored on fresh draws; it is here as the reference that papers report. What it prints itself,
+    `Found.counted`, is a count over the worst of several draws and lower.
 
     Args beyond every attack's: `batch_size`, images attacked together, on which the result depends.
 
@@ -69,9 +71,9 @@ def _run(
     examples: Tensor,
     seed: int,
     batch_size: int,
-) -> Tensor:
+) -> Found:
     if threat.epsilon == 0 or not len(x):
-        return x.clone()
+        return Found(x.clone())
     if version == "standard" and threat.norm != "Linf" and x.shape[2] < 5:
         raise UserError(f"AutoAttack in {threat.norm} needs images at least 5 pixels high, and these are {x.shape[2]}")
     with _contained(), frozen(defense):
@@ -82,12 +84,14 @@ def _run(
             raise UserError(f"AutoAttack's {version} version needs at least {least_classes} classes, and there are {classes}")
         # A channels-last batch makes its gradient check fail.
         images = x.detach().float().contiguous(memory_format=torch.contiguous_format)
-        model = FreshDraws(defense, seed) if defense.random else defense
+        model = _Float(FreshDraws(defense, seed) if defense.random else defense)
         attack = AutoAttack(model, norm=threat.norm, eps=threat.epsilon, seed=seed, version=version, device=x.device)
         for targeted in (attack.apgd_targeted, attack.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
-        x_adv: Tensor = attack.run_standard_evaluation(images, y, batch_size=batch_size)[0].detach()
-    return threat.project(x_adv, images) if threat.violation(x_adv, images) else x_adv
+        with _flags() as flags:
+            x_adv: Tensor = attack.run_standard_evaluation(images, y, batch_size=batch_size)[0].detach()
+        counted = _by_stage(flags, attack.attacks_to_run) if defense.random else {}
+    return Found(threat.project(x_adv, images) if threat.violation(x_adv, images) else x_adv, counted=counted)
 
 
 def _classes(defense: Defense, image: Tensor, example: Tensor, seed: int) -> int:
@@ -97,6 +101,51 @@ def _classes(defense: Defense, image: Tensor, example: Tensor, seed: int) -> int
     if not logits.requires_grad:
         raise UserError("AutoAttack needs a gradient, and this defense's logits have none (a vote?); use mean-transfer-N")
     return int(logits.shape[1])
+
+
+class _Float(nn.Module):
+    """The model with logits in float32, which its attacks take for granted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return logits.float()
+
+
+@contextlib.contextmanager
+def _flags() -> Iterator[dict[str, Tensor]]:
+    """Keep the flags (B,) of the examples that it counts as robust after each stage that it runs, ``clean`` before any.
+
+    What it prints is their mean; it returns neither.
+    """
+    from pyautoattack.state import EvaluationState
+
+    kept: dict[str, Tensor] = {}
+    add = EvaluationState.add_run_attack
+
+    def keep(state: EvaluationState, stage: str) -> None:
+        kept[stage] = state.robust_flags.clone()
+        add(state, stage)
+
+    def initial(state: EvaluationState, _accuracy: float) -> None:
+        kept["clean"] = state.robust_flags.clone()
+
+    with (
+        mock.patch.object(EvaluationState, "add_run_attack", keep),
+        mock.patch.object(EvaluationState, "clean_accuracy", property(lambda _state: 0.0, initial)),
+    ):
+        yield kept
+
+
+def _by_stage(flags: Mapping[str, Tensor], stages: Iterable[str]) -> dict[str, Tensor]:
+    """Return the flags of all stages: one that found nothing left to attack leaves those before it."""
+    last, counted = flags["clean"], {"clean": flags["clean"]}
+    for stage in stages:
+        last = counted[stage] = flags.get(stage, last)
+    return counted
 
 
 def _without_tracing(model: nn.Module, x: Tensor, *_rest: object, **_options: object) -> None:

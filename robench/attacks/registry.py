@@ -20,10 +20,13 @@ class Found:
     Attributes:
         x_adv: adversarial images (B, C, H, W).
         stages: by stage, in the order run, bool (B,): the examples that it was the first to fool.
+        counted: the attack's own count, where it makes one of a random defense: by stage, ``clean`` (before any) first, bool (B,):
+            the examples that it still counts as robust, having drawn once more.
     """
 
     x_adv: Tensor
     stages: Mapping[str, Tensor] = field(default_factory=dict)
+    counted: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 AttackFunction = Callable[..., Tensor | Found]

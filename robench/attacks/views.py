@@ -1,4 +1,4 @@
-"""Views of a defense that an attack differentiates in its place: straight-through (BPDA), and smoothed over small noise.
+"""Views of a defense that an attack differentiates in its place: declared surrogates and straight-through (BPDA), and smoothed.
 
 BPDA: Athalye, Carlini and Wagner, "Obfuscated gradients give a false sense of security", arXiv 1802.00420, section 4.1.
 """
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from robench import noise
 from robench.defense import Defense
 from robench.noise import Draw
+from robench.surrogate import active, identity_gradient
 
 
 class _View(Defense):
@@ -54,6 +55,22 @@ class StraightThrough(_View):
             return self.defense.aggregate(logits)
 
 
+class Declared(StraightThrough):
+    """The defense with the gradients of the surrogates that it declares (`robench.surrogate.Substitute`), and straight through
+    whatever else has none. Outputs are the defense's own.
+    """
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return the predictors' logits (B, N, classes), differentiable through the surrogates."""
+        with active():
+            return super().predictors(x, draw)
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """Return the defense's logits (B, classes), differentiable likewise."""
+        with active():
+            return super().aggregate(logits)
+
+
 class Smoothed(_View):
     """The defense on images with Gaussian noise, a fresh draw at each pass: averaged, it has the gradient of the wider landscape.
 
@@ -73,18 +90,6 @@ class Smoothed(_View):
             raise ValueError("a smoothed defense needs a draw")
         noisy = x + self.deviation * noise.normal(draw, "smoothed", tuple(x.shape[1:])).to(x)
         return self.defense.predictors(noisy.clamp(0, 1), draw if self.defense.random else None)
-
-
-class _Identity(torch.autograd.Function):
-    """Some value forwards, the identity's gradient backwards."""
-
-    @staticmethod
-    def forward(_context: Any, _x: Tensor, value: Tensor) -> Tensor:
-        return value
-
-    @staticmethod
-    def backward(_context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
 
 
 def _methods(*names: str) -> set[Callable[..., Any]]:
@@ -123,11 +128,11 @@ class _IdentityGradients(TorchFunctionMode):
         if first is None:
             return result
         if function in _FLAT and first.requires_grad:
-            return _Identity.apply(first, result.detach())
+            return identity_gradient(first, result.detach())
         if function in _GREATER | _LESS and any(isinstance(a, Tensor) and a.requires_grad for a in args[:2]):
             difference = args[0] - args[1] if function in _GREATER else args[1] - args[0]
             # The entry keeps the comparison alive, so that no other tensor takes its place in memory.
             self._compared[id(result)] = (result, torch.sigmoid(difference / WIDTH))
         elif function in _CAST and id(first) in self._compared and result.is_floating_point():
-            return _Identity.apply(self._compared[id(first)][1], result)
+            return identity_gradient(self._compared[id(first)][1], result)
         return result
