@@ -1,4 +1,4 @@
-"""Writes the README's tables from records: the demo's verdicts, and the CIFAR-10 leaderboard and verdicts.
+"""Writes from records the README's tables (the demo's verdicts, the CIFAR-10 leaderboard and verdicts) and the page of paper 1.
 
 python leaderboard/render.py [--check]
 """
@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import ensemble_everything
 from tabulate import tabulate
 
 from robench import leaderboard, record, verdicts
@@ -55,16 +56,19 @@ def written(readme: str, blocks: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Rewrite the README, or with --check fail if the committed records say otherwise."""
-    path = ROOT / "README.md"
-    before = path.read_text()
+    """Rewrite them, or with --check fail if the committed records say otherwise."""
+    path, page, figures = ROOT / "README.md", ROOT / "leaderboard" / "ensemble_everything.md", ROOT / "leaderboard" / "figures"
+    before, records = path.read_text(), record.load_folder(ROOT / "leaderboard" / "records")
+    text = ensemble_everything.page(records)
     if "--check" in sys.argv:
-        raise SystemExit(0 if written(before, cifar10_blocks()) == before else "README.md is not what the records say: run make readme")
+        stale = [p.name for p, now in ((path, written(before, cifar10_blocks())), (page, text)) if not p.exists() or p.read_text() != now]
+        raise SystemExit(f"{' and '.join(stale)}: not what the records say; run make readme" if stale else 0)
     demo = ROOT / "robench-demo"
     path.write_text(written(before, cifar10_blocks() | demo_block(demo)))
-    figure = ROOT / "leaderboard" / "figures" / "demo.png"
-    figure.parent.mkdir(exist_ok=True)
-    shutil.copyfile(demo / "accuracy_against_epsilon.png", figure)
+    page.write_text(text)
+    figures.mkdir(exist_ok=True)
+    ensemble_everything.draw_figures(records, figures)
+    shutil.copyfile(demo / "accuracy_against_epsilon.png", figures / "demo.png")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ("-", "--", ":")
 
 
-def accuracy_curves(curves: Mapping[str, Sequence[tuple[float, Estimate]]], path: Path, *, title: str, budget: str) -> None:
+def accuracy_curves(
+    curves: Mapping[str, Sequence[tuple[float, Estimate]]], path: Path, *, title: str, budget: str, logarithmic: bool = False
+) -> None:
     """Draw robust accuracy against the attack's budget, one line per defense with its 95 % band, and write it as PNG or SVG.
 
     Args:
-        curves: by defense, points (budget, estimate) with rising budgets.
+        curves: by defense, or whatever a line stands for, points (budget, estimate) with rising budgets.
         path: the file; its suffix says the format.
         title: of the figure.
         budget: the horizontal axis's label, with the budget's unit.
+        logarithmic: whether that axis is; its budgets are positive then.
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -36,7 +39,10 @@ def accuracy_curves(curves: Mapping[str, Sequence[tuple[float, Estimate]]], path
         axes.fill_between(budgets, [100 * e.low for _, e in points], [100 * e.high for _, e in points], color=colour, alpha=0.12, lw=0)
     axes.set(xlabel=budget, ylabel="accuracy under attack (%)", ylim=(0, 100))
     axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlim(left=0)
+    if logarithmic:
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _save(figure, path)
