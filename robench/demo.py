@@ -11,12 +11,11 @@ from queue import Queue
 import torch
 from rich.console import Console
 
-from robench import claim, leaderboard, record, verdicts
-from robench.attacks import registered
+from robench import attacks, claim, leaderboard, record, verdicts
 from robench.claim import Accuracy, Claim, Trial
 from robench.errors import UserError
 from robench.record import Record, clean_estimate, robust_estimate
-from robench.workbench import Workbench
+from robench.workbench import STRONGEST, Workbench
 from robench.zoo import entries
 
 DATASET = "digits"
@@ -49,15 +48,11 @@ def run(*, out: Path, cache: Path | None = None, echo: Callable[[str], None]) ->
     bench = Workbench(DATASET, "smoke", records=known, cache=cache, keep=out / "records", ready_made=False)
     # All that follows is in the cache then.
     prepare(claims, bench, echo)
-    # The claims' records come before the figure's, which are of fewer examples.
-    for c in claims:
-        for _, accuracy in c.trial(DATASET, "smoke").quantity.terms:
-            bench.find(accuracy, 0)
     figure = out / "accuracy_against_epsilon.png"
     # The figure's attacks count in the worst case too, so they come before the verdicts.
     draw_figure(bench, figure)
     settled = [claim.settle(c, DATASET, "smoke", bench.find) for c in claims]
-    attack_versions = {name: attack.version for name, attack in registered().items()}
+    attack_versions = {name: attack.version for name, attack in attacks.registered().items()}
     rows = leaderboard.rows(
         [r for r in bench.records if r.dataset.n == len(bench.dataset)],
         attack_versions=attack_versions,
@@ -122,9 +117,12 @@ def curve_attacks(name: str) -> dict[str, str]:
     if name != CURVE[-1]:
         return {name: "pgd-10"}
     # Those of its claims, so that their records and controls serve the figure too.
+    terms = [accuracy for c in claim.discover() for t in c.trials if _within_cast(t) for _, accuracy in t.quantity.terms]
+    own = next(accuracy.attack for accuracy in terms if accuracy.defense == name and accuracy.attack)
+    through_the_mean = STRONGEST["smoke"][1][0]
     return {
-        f"{name},\nAPGD over 2 draws": "apgd-ce,steps=15,draws=2",
-        f"{name},\nattacked through the mean of its heads": "mean-transfer-20,draws=2",
+        f"{name},\nAPGD over {attacks.parse(own).parameters['draws']} draws": own,
+        f"{name},\nattacked through the mean of its heads": through_the_mean,
     }
 
 
