@@ -29,13 +29,15 @@ STATUS_OF: dict[Verdict, Status] = {"reproduced": "holds", "not reproduced": "br
 class Accuracy:
     """The accuracy of a defense of the zoo: clean where `threat` is None, else robust accuracy under `attack`.
 
-    `against` names attacks that the claim is held against beside those that every claim of its scale is.
+    `against` names attacks that the claim is held against beside those that every claim of its scale is; `only` holds it against
+    these alone, since it is about this kind of attack (one perturbation for all images, say).
     """
 
     defense: str
     threat: str | None = None
     attack: str | None = None
     against: tuple[str, ...] = ()
+    only: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,12 @@ def clean(defense: str) -> Quantity:
     return Quantity(((1.0, Accuracy(defense)),))
 
 
-def robust(defense: str, threat: str, attack: str, against: tuple[str, ...] = ()) -> Quantity:
-    """Return the robust accuracy of a defense of the zoo within a threat model under an attack, held `against` further ones."""
-    return Quantity(((1.0, Accuracy(defense, threat, attack, against)),))
+def robust(defense: str, threat: str, attack: str, against: tuple[str, ...] = (), *, only: bool = False) -> Quantity:
+    """Return the robust accuracy of a defense of the zoo within a threat model under an attack, held `against` further ones.
+
+    With `only`, against no others; see `Accuracy`.
+    """
+    return Quantity(((1.0, Accuracy(defense, threat, attack, against, only)),))
 
 
 @dataclass(frozen=True)
@@ -312,7 +317,8 @@ def matching(records: Iterable[Record], accuracy: Accuracy, dataset: str, scale:
     """Return the records that measure an accuracy, current in the defense's and the attack's version.
 
     For a robust accuracy the paper's attack comes first, then every other attack on the same defense, weights and threat model;
-    nothing if the paper's attack is missing. For a clean accuracy any record of the defense does, the one of most examples first.
+    nothing if the paper's attack is missing. Where the accuracy is held against
+    named attacks alone, only those. For a clean accuracy any record of the defense does, the one of most examples first.
     """
     named = zoo.parse(accuracy.defense)
     of_defense = [
@@ -328,6 +334,10 @@ def matching(records: Iterable[Record], accuracy: Accuracy, dataset: str, scale:
     own = [r for r in same if r.attack.name == attack.name and r.attack.parameters == dict(attack.parameters)]
     own.sort(key=lambda r: -r.dataset.n)
     others = [r for r in same if own and r is not own[0] and r.defense.weights_sha256 == own[0].defense.weights_sha256]
+    if accuracy.only:
+        named_attacks = [attacks.parse(text) for text in accuracy.against]
+        allowed = [(a.name, dict(a.parameters)) for a in named_attacks]
+        others = [r for r in others if (r.attack.name, r.attack.parameters) in allowed]
     return [*own[:1], *others]
 
 

@@ -1,7 +1,9 @@
-"""The one error that a user's mistake raises.
+"""The one error that a user's mistake raises, and the one of work that its time ended.
 
 ValueError
- └── UserError    bad input: one clear line, exit code 2 on the command line
+ └── UserError         bad input: one clear line, exit code 2 on the command line
+Exception
+ └── OutOfTimeError    stopped where it can go on; what was finished is kept
 """
 
 import difflib
@@ -10,6 +12,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Bad input. The message is one line that names what was wrong and what would be right."""
+
+
+class OutOfTimeError(Exception):
+    """Training or an evaluation was asked to stop; what it had finished is in the cache, and the next run goes on from there."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

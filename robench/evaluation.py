@@ -20,7 +20,7 @@ from robench.attacks import Attack, Found
 from robench.cost import Cost, counted
 from robench.data import Dataset, as_float
 from robench.defense import Defense
-from robench.errors import UserError
+from robench.errors import OutOfTimeError, UserError
 from robench.estimate import Estimate
 from robench.files import write_atomic
 from robench.noise import Draw
@@ -100,6 +100,7 @@ def measure(
     max_seconds: float | None = None,
     progress: Progress = lambda _line: None,
     learnt: Callable[[Tensor], None] = lambda _what: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Record:
     """Evaluate a target and return the record.
 
@@ -119,8 +120,10 @@ def measure(
         max_seconds: likewise, of attack time.
         progress: is told a line after each chunk.
         learnt: is given what the attack learnt from training images, if it is one that does.
+        stop: is asked before each chunk that is not in the cache; where it says yes, there is no record.
 
     Raises:
+        OutOfTimeError: if `stop` ended the evaluation; with a cache, the next one goes on from there.
         UserError: for a model that does not fit the data set or returns what is not finite, an attack that leaves the threat
             model, or an unwritable cache.
     """
@@ -143,23 +146,25 @@ def measure(
     chunks: list[_Chunk] = []
     partial = None
     for start in range(0, len(dataset), size):
-        stop = min(start + size, len(dataset))
-        path = folder / f"{start:06d}-{stop:06d}.json" if folder else None
+        end = min(start + size, len(dataset))
+        path = folder / f"{start:06d}-{end:06d}.json" if folder else None
         chunk = _load(path, _Chunk)
         if chunk is None:
-            chunk = _attack_chunk(target, dataset, start, stop, threat, attack, seed, device, precision)
+            if stop():
+                raise OutOfTimeError(f"the evaluation stopped after {start} of {len(dataset)} examples")
+            chunk = _attack_chunk(target, dataset, start, end, threat, attack, seed, device, precision)
             targets.check_settled(target, state)
             if path:
                 write_atomic(path, json.dumps(chunk.__dict__))
         chunks.append(chunk)
         passes, seconds = sum(c.forwards + c.backwards for c in chunks), sum(c.seconds for c in chunks)
         robust = np.concatenate([_correct(c.robust, dataset.labels, i * size).mean(0) for i, c in enumerate(chunks)])
-        share = f"{stop}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}"
+        share = f"{end}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}"
         progress(f"{target.name} under {attack.name} within {threat}: {share}")
-        if stop < len(dataset) and (passes >= (max_passes or math.inf) or seconds >= (max_seconds or math.inf)):
+        if end < len(dataset) and (passes >= (max_passes or math.inf) or seconds >= (max_seconds or math.inf)):
             spent = f"{passes:,} passes" if passes >= (max_passes or math.inf) else f"{seconds:,.0f} s"
-            partial = f"stopped after {stop} of {len(dataset)} examples, its budget of passes or time spent ({spent})"
-            dataset = dataset.first(stop)
+            partial = f"stopped after {end} of {len(dataset)} examples, its budget of passes or time spent ({spent})"
+            dataset = dataset.first(end)
             break
     control = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random else {}
     return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, learning, control, partial)

@@ -99,24 +99,29 @@ def trained(
     device: str = "cpu",
     cache: Path | None = None,
     ready_made: bool = True,
+    anew: bool = False,
     progress: Progress = lambda _line: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Target:
     """Return a defense of the zoo with weights that were pulled or come with the zoo, else trained on the training split of `dataset`.
 
-    See `resolve`; `ready_made` False trains, unless it was trained here before, whatever other weights there are.
+    See `resolve`; `ready_made` False trains, unless it was trained here before, whatever other weights there are, and `anew` trains in
+    any case. `stop` may end the training with OutOfTimeError, as `training.train` says.
     """
     setting, entry = setting_for(dataset, scale, seed), named.entry
     specimen = named.build(setting)
     defense, stages, summary = specimen.defense, specimen.stages, dict[str, Value]()
     if stages:
         split, folder = data.load(dataset.name, "train"), cache_folder(cache)
-        found = weights.find(named, setting, split, cache=folder, progress=progress) if ready_made else None
+        found = weights.find(named, setting, split, cache=folder, progress=progress) if ready_made and not anew else None
         if found is not None:
             defense, summary = found.defense, found.config.training | {"weights": f"from {found.source}"}
             for stage in stages:
                 training.place(defense.get_submodule(stage.module), device)
         else:
-            training.train(defense, stages, split, folder=folder / "training", device=device, progress=progress)
+            training.train(
+                defense, stages, split, folder=folder / "training", device=device, anew=anew, progress=progress, stop=stop
+            )  # fmt: skip
             summary = training.summary(stages, [training.precision(stage.recipe, device) for stage in stages])
     return Target(defense.eval(), named.text, entry.version, "zoo", entry.paper.arxiv, seed, summary)
 

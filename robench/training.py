@@ -27,7 +27,7 @@ from robench import noise
 from robench.attacks.steps import steepest
 from robench.data import Dataset, as_float
 from robench.defense import Defense, as_defense
-from robench.errors import UserError
+from robench.errors import OutOfTimeError, UserError
 from robench.files import write_atomic
 from robench.parameters import Value
 from robench.threat import ThreatModel
@@ -115,7 +115,7 @@ class NotTrainedError(UserError):
 
 def train(
     defense: Defense, stages: tuple[Stage, ...], dataset: Dataset, *, folder: Path, device: str = "cpu", may_train: bool = True,
-    progress: Progress | None = None,
+    anew: bool = False, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
 ) -> None:  # fmt: skip
     """Train `defense` in place, stage by stage, taking from `folder` what was trained before.
 
@@ -126,16 +126,19 @@ def train(
         folder: where stages and checkpoints are kept.
         device: ``cpu`` or ``cuda``.
         may_train: False only takes what was trained before.
+        anew: train every stage from its beginning, whatever the folder holds, and keep that instead.
         progress: is told each epoch's line.
+        stop: is asked before each epoch; where it says yes, what was trained so far is kept for the next call.
 
     Raises:
+        OutOfTimeError: if `stop` ended the training.
         UserError: for an unwritable folder, or a checkpoint that is corrupt.
         NotTrainedError: for a stage that is not in the folder where none may be trained.
     """
     for number, stage in enumerate(stages):
         module = defense.get_submodule(stage.module)
         prefix = f"stage {number + 1}/{len(stages)}"
-        _train_stage(module, stage, dataset, folder, device, may_train, partial(_tell, progress, prefix))
+        _train_stage(module, stage, dataset, folder, device, may_train, anew, partial(_tell, progress, prefix), stop)
     defense.eval()
 
 
@@ -215,9 +218,9 @@ def _memory_format(module: nn.Module, device: str) -> torch.memory_format:
     return torch.contiguous_format if narrow and torch.device(device).type == "cpu" else torch.channels_last
 
 
-def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, may_train: bool, progress: Progress) -> None:
+def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str) -> Path:
+    """Return the file that keeps what `stage` makes of `module`, in the state it is in now, named by a hash of all that decides it."""
     recipe = stage.recipe
-    half = precision(recipe, device) == "bfloat16"
     identity = json.dumps(
         {
             "version": VERSION,
@@ -228,15 +231,29 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
             "seed": stage.seed,
             "data": dataset.fingerprint,
             "images": len(dataset),
-            "bfloat16": half,
+            "bfloat16": precision(recipe, device) == "bfloat16",
             "device": torch.device(device).type,
         },
         sort_keys=True,
     )
-    path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
+    return folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
+
+
+def checkpoint_path(path: Path) -> Path:
+    """Return the file that keeps an unfinished stage, beside the one that keeps it finished."""
+    return path.with_suffix(".checkpoint")
+
+
+def _train_stage(
+    module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, may_train: bool, anew: bool, progress: Progress,
+    stop: Callable[[], bool],
+) -> None:  # fmt: skip
+    recipe = stage.recipe
+    half = precision(recipe, device) == "bfloat16"
+    path = stage_path(module, stage, dataset, folder, device)
     # Before the weights are read back too.
     layout = place(module, device)
-    if path.exists():
+    if path.exists() and not anew:
         _restore(module, _read(path))
         progress("already trained")
         return
@@ -244,16 +261,20 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
         raise NotTrainedError(f"there are no trained weights of {stage.module or 'the defense'} in {folder}")
     trained = _freeze_but(module, stage.trainable)
     optimiser = _optimiser(recipe, trained)
-    checkpoint, first = path.with_suffix(".checkpoint"), 0
-    if checkpoint.exists():
+    checkpoint, first = checkpoint_path(path), 0
+    if checkpoint.exists() and not anew:
         saved = _read(checkpoint)
         first = int(saved.pop("epoch"))
         _restore_optimiser(optimiser, trained, {k: saved.pop(k) for k in list(saved) if k.startswith("optimiser/")})
         _restore(module, saved)
     steps = -(-len(dataset) // recipe.batch_size)
     images, labels = dataset.images.to(device), dataset.labels.to(device)
-    saved_at = time.monotonic()
+    saved_at, saved_epoch = time.monotonic(), first
     for epoch in range(first, recipe.epochs):
+        if stop():
+            if epoch > saved_epoch:
+                _write(checkpoint, _unfinished(module, optimiser, trained, epoch))
+            raise OutOfTimeError(f"training stopped after {epoch} of {recipe.epochs} epochs")
         started, losses = time.monotonic(), []
         for step, (indices, x, y) in enumerate(_batches(images, labels, recipe, stage.seed, epoch, layout)):
             rate = _rate(recipe, epoch * steps + step, recipe.epochs * steps)
@@ -272,8 +293,8 @@ def _train_stage(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path
         progress(f"epoch {epoch + 1}/{recipe.epochs}: loss {loss:.3f}, {len(dataset) / seconds:.0f} images/s")
         # Writing after every short epoch would cost more than it saves.
         if epoch + 1 < recipe.epochs and time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
-            _write(checkpoint, module.state_dict() | _optimiser_state(optimiser, trained) | {"epoch": torch.tensor(epoch + 1)})
-            saved_at = time.monotonic()
+            _write(checkpoint, _unfinished(module, optimiser, trained, epoch + 1))
+            saved_at, saved_epoch = time.monotonic(), epoch + 1
     module.eval().requires_grad_(True)
     _write(path, module.state_dict())
     checkpoint.unlink(missing_ok=True)
@@ -398,6 +419,11 @@ def _augmented(images: Tensor, augmentation: str, draw: noise.Draw) -> Tensor:
         columns = torch.where(flip, columns.flip(1), columns)
     batch_index = torch.arange(batch, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch_index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _unfinished(module: nn.Module, optimiser: torch.optim.Optimizer, trained: dict[str, nn.Parameter], epochs: int) -> dict[str, Tensor]:
+    """Return what a checkpoint keeps after so many epochs."""
+    return module.state_dict() | _optimiser_state(optimiser, trained) | {"epoch": torch.tensor(epochs)}
 
 
 def _optimiser_state(optimiser: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from robench import attacks, claim, data, record, zoo
+from robench import attacks, claim, data, record, targets, zoo
 from robench.claim import Accuracy
 from robench.data import Dataset
+from robench.errors import UserError
 from robench.evaluation import measure
 from robench.record import Record
-from robench.targets import Target, trained
+from robench.targets import Target
 from robench.threat import ThreatModel
 from robench.zoo import Scale
 
@@ -45,6 +46,7 @@ class Workbench:
         examples: test examples; the scale's number by default.
         ready_made: whether weights that were pulled or come with the zoo are taken; False trains.
         progress: is told each line of training and evaluation.
+        stop: is asked between epochs and between chunks of examples; where it says yes, OutOfTimeError ends what was going on.
     """
 
     dataset_name: str
@@ -56,60 +58,105 @@ class Workbench:
     examples: int | None = None
     ready_made: bool = True
     progress: Callable[[str], None] = lambda _line: None
+    stop: Callable[[], bool] = lambda: False
     _targets: dict[tuple[str, int], Target] = field(default_factory=dict, repr=False)
+    _random: dict[str, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
     def dataset(self) -> Dataset:
         """The examples; raises UserError where the data set is absent."""
-        split = data.load(self.dataset_name, "test")
-        return split.first(min(len(split), self.examples or EXAMPLES[self.scale]))
+        return self._split.first(min(len(self._split), self.wanted))
+
+    @cached_property
+    def _split(self) -> Dataset:
+        return data.load(self.dataset_name, "test")
+
+    @property
+    def wanted(self) -> int:
+        """The examples that an accuracy should rest on, where the data set has so many."""
+        return self.examples or EXAMPLES[self.scale]
 
     def target(self, name: str, seed: int = 0) -> Target:
         """Return a trained defense of the zoo."""
         key = (zoo.parse(name).text, seed)
         if key not in self._targets:
-            self._targets[key] = trained(
+            self._targets[key] = targets.trained(
                 zoo.parse(name), self.dataset, scale=self.scale, seed=seed, device=self.device, cache=self.cache,
-                ready_made=self.ready_made, progress=lambda line: self.progress(f"training {name}: {line}"),
+                ready_made=self.ready_made, progress=lambda line: self.progress(f"training {name}: {line}"), stop=self.stop,
             )  # fmt: skip
         return self._targets[key]
 
+    def random(self, name: str) -> bool:
+        """Return whether a defense of the zoo is random, which shows before it is trained."""
+        named = zoo.parse(name)
+        if named.text not in self._random:
+            setting = targets.setting_for(self.dataset, self.scale, seed=0)
+            self._random[named.text] = named.build(setting).defense.random
+        return self._random[named.text]
+
+    def has(self, name: str, threat: str, attack: str, seed: int = 0, n: int | None = None) -> bool:
+        """Return whether a known record measures a defense under an attack, on `n` examples (by default those wanted) or on all."""
+        known = claim.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
+        return bool(known) and self._enough(known[0], n)
+
     def measured(self, name: str, threat: str, attack: str, seed: int = 0, n: int | None = None) -> Record:
-        """Return the record of a defense under an attack, measuring it if there is none."""
-        accuracy = Accuracy(name, threat, attack)
-        examples = self.dataset if n is None else self.dataset.first(min(n, len(self.dataset)))
-        known = claim.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
-        if known and known[0].dataset.n >= len(examples):
+        """Return the record of a defense under an attack, measuring it if there is none on `n` examples (by default those wanted)."""
+        known = claim.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
+        if known and self._enough(known[0], n):
             return known[0]
+        examples = self._split.first(min(len(self._split), self.wanted if n is None else n))
         made = measure(
             self.target(name, seed), examples, ThreatModel.parse(threat), attacks.parse(attack), device=self.device, scale=self.scale,
-            cache=self.cache, progress=self.progress,
+            cache=self.cache, progress=self.progress, stop=self.stop,
         )  # fmt: skip
         self.records.append(made)
         if self.keep is not None:
             record.save(made, self.keep)
         return made
 
-    def strongest(self, name: str, threat: str, seed: int = 0) -> list[Record]:
-        """Return the records of a defense under the attacks that this scale holds claims against."""
+    def needed(self, accuracy: Accuracy) -> list[tuple[str, str, str]]:
+        """Return the measurements (defense, threat, attack) that an accuracy rests on, each once.
+
+        For a robust accuracy the paper's attack, those that this scale holds claims against, and those the accuracy names. A clean
+        accuracy comes with any record; of no budget, FGSM is the cheapest.
+        """
+        if accuracy.threat is None:
+            return [(accuracy.defense, "Linf:0", "fgsm")]
         deterministic, random = STRONGEST[self.scale]
-        chosen = random if self.target(name, seed).defense.random else deterministic
-        return [self.measured(name, threat, attack, seed) for attack in chosen]
+        strongest = () if accuracy.only else random if self.random(accuracy.defense) else deterministic
+        chosen = dict.fromkeys((accuracy.attack or "", *strongest, *accuracy.against))
+        return [(accuracy.defense, accuracy.threat, attack) for attack in chosen]
 
     def settled_by_records(self, accuracy: Accuracy, seed: int) -> bool:
-        """Return whether the known records settle an accuracy, so that nothing needs to be measured."""
+        """Return whether the known records settle an accuracy, so that nothing needs to be measured.
+
+        They do with the paper's attack and another one, unless none is wanted, the attacks that the accuracy names among them, on
+        enough examples each.
+        Further records of fewer examples count in the worst case all the same.
+        """
         known = claim.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
+        enough = [r for r in known if self._enough(r)]
+        if accuracy.threat is None:
+            return bool(enough)
         against = [attacks.parse(text) for text in accuracy.against]
-        tried = [(r.attack.name, r.attack.parameters) for r in known]
-        return len(known) >= (1 if accuracy.threat is None else 2) and all((a.name, dict(a.parameters)) in tried for a in against)
+        tried = [(r.attack.name, r.attack.parameters) for r in enough]
+        # The paper's attack comes first.
+        least = 1 if accuracy.only else 2
+        return enough[:1] == known[:1] and len(enough) >= least and all((a.name, dict(a.parameters)) in tried for a in against)
+
+    def _enough(self, r: Record, n: int | None = None) -> bool:
+        """Say whether a record has `n` examples (by default those wanted), or all that there are."""
+        if r.dataset.n >= (self.wanted if n is None else n):
+            return True
+        try:
+            return r.dataset.n >= len(self._split)
+        except UserError:
+            # Without the data nobody knows of fewer.
+            return False
 
     def find(self, accuracy: Accuracy, seed: int) -> Sequence[Record]:
-        """Return the records of an accuracy, measuring the paper's attack and the strongest ones where they are missing."""
+        """Return the records of an accuracy, measuring what it needs and is missing."""
         if not self.settled_by_records(accuracy, seed):
-            # A clean accuracy comes with any record; FGSM of no budget is the cheapest.
-            self.measured(accuracy.defense, accuracy.threat or "Linf:0", accuracy.attack or "fgsm", seed)
-            if accuracy.threat is not None:
-                self.strongest(accuracy.defense, accuracy.threat, seed)
-                for attack in accuracy.against:
-                    self.measured(accuracy.defense, accuracy.threat, attack, seed)
+            for name, threat, attack in self.needed(accuracy):
+                self.measured(name, threat, attack, seed)
         return claim.matching(self.records, accuracy, self.dataset_name, self.scale, seed)

@@ -1,11 +1,14 @@
 """The workbench measures what is missing, keeps it, and does not measure twice."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from robench import record, workbench
+from robench import attacks, claim, data, record, workbench
 from robench.claim import Accuracy
+from robench.errors import OutOfTimeError
+from robench.record import Record
 from robench.workbench import Workbench
 
 
@@ -39,6 +42,14 @@ def test_a_claim_may_be_held_against_further_attacks(bench: Workbench) -> None:
     assert bench.settled_by_records(accuracy, 0)
 
 
+def test_a_claim_may_be_held_against_named_attacks_alone(bench: Workbench) -> None:
+    bench.measured("natural", "Linf:16/255", "mean-transfer-2")
+    for against in ((), ("mean-transfer-2",)):
+        accuracy = Accuracy("natural", "Linf:16/255", "pgd-2", against, only=True)
+        assert [r.attack.name for r in bench.find(accuracy, 0)] == ["pgd-2", *against]
+        assert bench.settled_by_records(accuracy, 0)
+
+
 def test_a_clean_accuracy_needs_any_record(bench: Workbench) -> None:
     assert bench.settled_by_records(Accuracy("natural"), 0)
 
@@ -51,5 +62,107 @@ def test_fewer_examples_than_recorded_are_served_and_more_are_not(bench: Workben
 def test_a_second_workbench_takes_its_records_from_the_folder(bench: Workbench) -> None:
     assert bench.keep is not None
     known: list[record.Record] = record.load_folder(Path(bench.keep))
-    other = Workbench("digits", "smoke", records=known)
+    other = Workbench("digits", "smoke", records=known, examples=40)
     assert other.settled_by_records(Accuracy("natural", "Linf:16/255", "pgd-2"), 0)
+    assert not Workbench("digits", "smoke", records=known).settled_by_records(Accuracy("natural", "Linf:16/255", "pgd-2"), 0)
+
+
+# --- how many examples a record must have
+
+
+def known_to(make_record: Callable[..., Record], dataset: str, *counts: tuple[str, int], examples: int | None = None) -> Workbench:
+    """Return a workbench that knows records of `natural` under attacks, each on so many examples."""
+    records = [
+        make_record(
+            [1] * n, defense={"name": "natural", "origin": "zoo"}, dataset={"name": dataset}, threat="Linf:16/255",
+            attack={"name": attack, "version": attacks.parse(attack).version, "parameters": dict(attacks.parse(attack).parameters)},
+        )
+        for attack, n in counts
+    ]  # fmt: skip
+    return Workbench(dataset, "smoke", records=[r.model_copy(update={"attack": replaced(r)}) for r in records], examples=examples)
+
+
+def replaced(r: Record) -> record.AttackInfo:
+    """Return the record's attack with its own parameters alone, since the fixture merges them into others."""
+    return r.attack.model_copy(update={"parameters": dict(attacks.parse(r.attack.name).parameters)})
+
+
+@pytest.mark.parametrize(
+    ("counts", "settled"),
+    [
+        ([("pgd-2", 50), ("fgsm", 50)], True),
+        ([("pgd-2", 60), ("fgsm", 50)], True),
+        ([("pgd-2", 49), ("fgsm", 50)], False),
+        ([("pgd-2", 50), ("fgsm", 49)], False),
+        ([("pgd-2", 50), ("fgsm", 50), ("square", 10)], True),
+        ([("pgd-2", 50)], False),
+        ([("fgsm", 50), ("square", 50)], False),
+    ],
+)
+def test_an_accuracy_is_settled_by_records_of_enough_examples(
+    make_record: Callable[..., Record], counts: list[tuple[str, int]], settled: bool
+) -> None:
+    bench = known_to(make_record, "digits", *counts, examples=50)
+    accuracy = Accuracy("natural", "Linf:16/255", "pgd-2")
+    assert bench.settled_by_records(accuracy, 0) == settled
+    # What has fewer examples counts in the worst case all the same.
+    own = any(attack == "pgd-2" for attack, _ in counts)
+    assert len(claim.matching(bench.records, accuracy, "digits", "smoke", 0)) == (len(counts) if own else 0)
+
+
+def test_further_attacks_need_enough_examples_too(make_record: Callable[..., Record]) -> None:
+    accuracy = Accuracy("natural", "Linf:16/255", "pgd-2", against=("square",))
+    for n, settled in ((49, False), (50, True)):
+        bench = known_to(make_record, "digits", ("pgd-2", 50), ("fgsm", 50), ("square", n), examples=50)
+        assert bench.settled_by_records(accuracy, 0) == settled
+
+
+def test_all_examples_of_a_smaller_data_set_are_enough(make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    smaller = data.load("digits", "test").first(20)
+    bench = known_to(make_record, "digits", ("pgd-2", 20), examples=50)
+    assert not bench.has("natural", "Linf:16/255", "pgd-2")
+    monkeypatch.setattr(data, "load", lambda *_: smaller)
+    assert known_to(make_record, "digits", ("pgd-2", 20), examples=50).has("natural", "Linf:16/255", "pgd-2")
+    assert not known_to(make_record, "digits", ("pgd-2", 19), examples=50).has("natural", "Linf:16/255", "pgd-2")
+
+
+def test_records_settle_without_the_data_where_they_have_what_is_wanted(
+    make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ROBENCH_DATA", str(tmp_path))
+    monkeypatch.setenv("ROBENCH_CACHE", str(tmp_path))
+    accuracy = Accuracy("natural", "Linf:16/255", "pgd-2")
+    assert known_to(make_record, "cifar10", ("pgd-2", 50), ("fgsm", 50), examples=50).settled_by_records(accuracy, 0)
+    assert not known_to(make_record, "cifar10", ("pgd-2", 40), ("fgsm", 50), examples=50).settled_by_records(accuracy, 0)
+
+
+def test_what_an_accuracy_needs() -> None:
+    bench = Workbench("digits", "smoke")
+    deterministic, random = workbench.STRONGEST["smoke"]
+    accuracy = Accuracy("natural", "Linf:16/255", "pgd-2", against=("square", deterministic[0]))
+    assert bench.needed(accuracy) == [("natural", "Linf:16/255", attack) for attack in ("pgd-2", *deterministic, "square")]
+    noisy = Accuracy("multires", "Linf:16/255", random[0])
+    assert bench.needed(noisy) == [("multires", "Linf:16/255", attack) for attack in random]
+    assert bench.needed(Accuracy("natural")) == [("natural", "Linf:0", "fgsm")]
+
+
+def test_the_time_ends_training_and_evaluation(tmp_path: Path) -> None:
+    asked: list[None] = []
+
+    def third_time() -> bool:
+        asked.append(None)
+        return len(asked) >= 3
+
+    bench = Workbench("digits", "smoke", cache=tmp_path, examples=120, ready_made=False, stop=third_time)
+    with pytest.raises(OutOfTimeError, match="training stopped after 2 of 6 epochs"):
+        bench.target("natural")
+    bench.stop = lambda: False
+    lines: list[str] = []
+    bench.progress = lines.append
+    bench.target("natural")
+    assert [line.split(":")[1] for line in lines] == [f" stage 1/1 epoch {epoch}/6" for epoch in (3, 4, 5, 6)]
+    asked.clear()
+    bench.stop = lambda: third_time() or len(asked) >= 2
+    with pytest.raises(OutOfTimeError, match="stopped after 100 of 120 examples"):
+        bench.measured("natural", "Linf:8/255", "fgsm")
+    assert bench.records == []

@@ -1,0 +1,71 @@
+"""Commands on many measurements: demo, campaign, leaderboard, claims."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from robench.cli.common import PATH, RECORDS, cache_option, main, plugin_option, writable
+from robench.files import cache_folder, write_atomic
+
+
+@main.command()
+@click.option("--out", type=PATH, default=Path("robench-demo"), show_default=True, help="Folder of the records and the figure.")
+@cache_option
+def demo(out: Path, cache_dir: Path | None) -> int:
+    """Settle the claims on the embedded digits."""
+    from robench import console, demo
+
+    cache = writable(cache_folder(cache_dir))
+    with console.progress() as progress:
+        return demo.run(out=writable(out), cache=cache, echo=progress)
+
+
+@main.command()
+@click.option("--format", "style", type=click.Choice(["table", "md", "json", "csv"]), default="table", show_default=True)
+@click.option("--out", type=PATH, help="Write to this file instead of stdout.")
+@click.option("--dataset", help="Only this data set.")
+@click.option("--threat", help="Only this threat model.")
+@click.option("--records", type=PATH, default=RECORDS, show_default=True, help="The folder of records.")
+@plugin_option
+def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]) -> None:
+    """Rank the defenses by what the records say."""
+    from robench import attacks, claim, console, leaderboard, record, zoo
+
+    zoo.discover(plugins)
+    known = record.load_folder(records)
+    rows = leaderboard.rows(
+        known, dataset=dataset, threat=threat, verdicts=claim.verdicts_by_defense(claim.settle_all(known)),
+        attack_versions={name: attack.version for name, attack in attacks.registered().items()},
+        defense_versions={name: entry.version for name, entry in zoo.entries().items()},
+    )  # fmt: skip
+    if style == "table" and out is None:
+        console.show(leaderboard.as_table(rows))
+        return
+    renderings: dict[str, Callable[[], str]] = {
+        "table": lambda: console.as_text(leaderboard.as_table(rows)),
+        "md": lambda: leaderboard.as_markdown(rows) + "\n",
+        "json": lambda: leaderboard.as_json(rows) + "\n",
+        "csv": lambda: leaderboard.as_csv(rows),
+    }
+    text = renderings[style]()
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        write_atomic(out, text)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--records", type=PATH, help=f"The folder of records that give the verdicts.  [default: {RECORDS}, if there]")
+def claims(as_json: bool, records: Path | None) -> int:
+    """List every claim: paper, number, protocol, last verdict."""
+    from robench import claim, console, record
+
+    known = record.load_folder(records or RECORDS) if records or RECORDS.is_dir() else []
+    found, settled = claim.discover(), claim.settle_all(known)
+    if as_json:
+        click.echo(console.claims_json(found, settled))
+    else:
+        console.show(console.claims_table(found, settled))
+    return 0 if all(settlement.as_stood_by for settlement in settled) else 1
