@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +413,21 @@ def bad_attack(function: Callable[..., Tensor]) -> Attack:
 def test_an_attack_that_leaves_the_threat_model_is_an_error(function: Callable[..., Tensor], message: str) -> None:
     with pytest.raises(UserError, match=f"^attack bad left the threat model Linf:0.03: .*{message}"):
         measure(targets.of_module(linear()), examples(), LINF, bad_attack(function))
+
+
+def test_the_chain_of_projections_that_overstated_the_fall_of_crossmax_is_an_error() -> None:
+    """Each round of the first re-evaluation's code (arXiv 2411.14834v1) projects around the last round's image: 2 rounds, 2 budgets."""
+
+    def chained(defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, rounds: int, **settings: Any) -> Tensor:
+        for _ in range(rounds):
+            # Its mistake: the adversarial image takes the clean one's place.
+            x = attacks.parse("pgd-5").function(defense, x, y, threat, steps=5, **settings)
+        return x
+
+    target = targets.of_module(linear())
+    assert measure(target, examples(), LINF, bad_attack(partial(chained, rounds=1))).robust_accuracy.value < 1
+    with pytest.raises(UserError, match=r"attack bad left the threat model Linf:0\.03: .*lies 0\.06"):
+        measure(target, examples(), LINF, bad_attack(partial(chained, rounds=2)))
 
 
 def test_a_useless_attack_still_knows_that_the_clean_image_is_an_adversary() -> None:
