@@ -2,12 +2,14 @@
 
 import sys
 
-from benchmarks import decoys, overhead, strength
+from benchmarks import decoys, overhead, stack, strength
 
 
 def main() -> int:
-    """Print what an iteration costs, the attacks beside the reference, and what sees through defenses that only seem robust."""
+    """Print what an iteration and the stack of resolutions cost, the attacks beside the reference, and what sees through defenses that only seem robust."""
     overhead.main()
+    print()
+    stack.main()
     print()
     strength.main(["--n", "20"])
     print()
