@@ -6,7 +6,7 @@ from benchmarks import decoys, overhead, stack, strength
 
 
 def main() -> int:
-    """Print what an iteration and the stack of resolutions cost, the attacks beside the reference, and what sees through defenses that only seem robust."""
+    """Print what an iteration and the stack of resolutions cost, the attacks beside the reference, and what sees through decoys."""
     overhead.main()
     print()
     stack.main()

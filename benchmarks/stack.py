@@ -69,9 +69,8 @@ def main() -> None:
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
     source = record.provenance("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
-    print(
-        f"\nmedians of {ROUNDS} rounds, milliseconds an image, one thread, processor time; {source.processor}; {versions}; {platform.system()}"
-    )
+    how = f"medians of {ROUNDS} rounds, milliseconds an image, one thread, processor time"
+    print(f"\n{how}; {source.processor}; {versions}; {platform.system()}")
     print(f"commit {source.commit}")
 
 
