@@ -96,7 +96,7 @@ def plain_networks(factor: float) -> tuple[Trial, ...]:
         return robust(one, threat, "apgd-ce", TRANSFER) - robust(other, threat, "apgd-ce", TRANSFER) * factor
 
     return (
-        Trial("digits", measure(5, "Linf:16/255"), scales=("smoke",)),
+        Trial("digits", measure(5, "Linf:32/255"), scales=("smoke",)),
         Trial("cifar10", measure(5, "Linf:6/255"), scales=("cpu",)),
         Trial("cifar10", measure(10, "Linf:6/255"), scales=("gpu", "paper")),
     )
@@ -251,6 +251,7 @@ CLAIMS = [
             # About one perturbation for all images; those for each image by itself are the other claims' matter.
             lambda threat, attack: clean(SELF) - robust(SELF, threat, attack, ("universal",), only=True),
             by=dict.fromkeys(("smoke", "cpu", "gpu"), "universal,heads=true"),
+            smoke=broken("At 48/255 of digits one perturbation for all images costs 50 points and more.", "not reproduced"),
         ),
     ),
     claim(
@@ -260,8 +261,8 @@ CLAIMS = [
         "asked, not measured",
         above(0.10),
         (
-            Trial("digits", over_plain(SELF)("L2:2", RAND["smoke"]), scales=("smoke",)),
-            Trial("cifar10", over_plain(SELF)("L2:0.5", RAND["cpu"]), scales=("cpu",)),
+            Trial("digits", robust(SELF, "L2:2", RAND["smoke"]) - robust("natural", "L2:2", "apgd-ce"), scales=("smoke",)),
+            Trial("cifar10", robust(SELF, "L2:0.5", RAND["cpu"]) - robust("natural", "L2:0.5", "apgd-ce"), scales=("cpu",)),
         ),
     ),
     claim(
