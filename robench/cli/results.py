@@ -5,7 +5,18 @@ from pathlib import Path
 
 import click
 
-from robench.cli.common import PATH, RECORDS, cache_option, main, plugin_option, writable
+from robench.cli.common import (
+    PATH,
+    RECORDS,
+    available,
+    cache_option,
+    device_option,
+    in_seconds,
+    load_plugins,
+    main,
+    plugin_option,
+    writable,
+)
 from robench.files import cache_folder, write_atomic
 
 
@@ -19,6 +30,35 @@ def demo(out: Path, cache_dir: Path | None) -> int:
     cache = writable(cache_folder(cache_dir))
     with console.progress() as progress:
         return demo.run(out=writable(out), cache=cache, echo=progress)
+
+
+@main.command()
+@click.argument("plan")
+@click.option("--budget", metavar="DURATION", callback=in_seconds, help="Stop after so long, as in 90s, 9m or 1h30m; run again to go on.")
+@click.option(
+    "--records", type=PATH, default=RECORDS, show_default=True, help="The folder of records: what is there, and where new ones go."
+)
+@device_option
+@cache_option
+@plugin_option
+def campaign(
+    plan: str, budget: float | None, records: Path, device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...]
+) -> int:  # fmt: skip
+    """Make the records of PLAN, in order of what settles most claims per minute: smoke, cpu, gpu, cifar100, or a TOML file."""
+    from robench import record
+    from robench.campaign import Campaign
+    from robench.plan import load
+    from robench.workbench import Workbench
+
+    load_plugins(plugins)
+    made = load(plan)
+    cache, device = writable(cache_folder(cache_dir)), available(device)
+    known = record.load_folder(writable(records))
+    bench = Workbench(
+        made.dataset, made.scale, records=known, device=device, cache=cache, examples=made.n,
+        progress=lambda line: click.echo(f"  {line}", err=True),
+    )  # fmt: skip
+    return Campaign(made, bench, records, budget, click.echo).run()
 
 
 @main.command()
