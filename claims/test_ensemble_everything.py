@@ -91,15 +91,17 @@ def crossmax_over(aggregation: str) -> Measure:
 def plain_networks(factor: float) -> tuple[Trial, ...]:
     """Return the trials of CrossMax against the mean of plain networks times a factor: ten as in Figure 4, five at small scales."""
 
-    kinds = {1.0: broken(FOOLED), 17.0: broken("Neither factor is near 17: under transfer both fall alike.", "not reproduced")}
+    few = "At 0.7 % of 1000 images the mean leaves so few that the factor (30 here) cannot be told from 17; under transfer it is 1."
+    small = broken(FOOLED) if factor == 1 else broken("Neither factor is near 17: under transfer both fall alike.", "not reproduced")
+    cpu = broken(FOOLED) if factor == 1 else Standing(("underpowered",), ("open",), few)
 
     def measure(k: int, threat: str) -> Quantity:
         one, other = (f"crossmax_ensemble,k={k}{rest}" for rest in ("", ",aggregation=mean_of_logits"))
         return robust(one, threat, "apgd-ce", TRANSFER) - robust(other, threat, "apgd-ce", TRANSFER) * factor
 
     return (
-        Trial("digits", measure(5, "Linf:32/255"), {"smoke": kinds[factor]}, ("smoke",)),
-        Trial("cifar10", measure(5, "Linf:6/255"), scales=("cpu",)),
+        Trial("digits", measure(5, "Linf:32/255"), {"smoke": small}, ("smoke",)),
+        Trial("cifar10", measure(5, "Linf:6/255"), {"cpu": cpu}, ("cpu",)),
         Trial("cifar10", measure(10, "Linf:6/255"), scales=("gpu", "paper")),
     )
 
@@ -225,6 +227,7 @@ CLAIMS = [
             over(f"{LAYER},layer=1", f"{LAYER},layer=4", (NOTES,)),
             by=dict.fromkeys(("smoke", "cpu", "gpu"), LAST),
             smoke=broken("An attack on the early layer itself leaves no more of it than of the last; " + NEAR, "not reproduced"),
+            cpu=broken("It stands, at 30 %, but an attack on the early layer itself leaves less of it than of the last."),
         ),
     ),
     claim(
