@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from robench.estimate import Estimate
@@ -36,13 +37,20 @@ def accuracy_curves(
         colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
         budgets = [b for b, _ in points]
         axes.plot(budgets, [100 * e.value for _, e in points], style, color=colour, marker="o", markersize=3, label=name)
+        if len(points) == 1:
+            # A band has no width there.
+            axes.vlines(budgets, [100 * e.low for _, e in points], [100 * e.high for _, e in points], color=colour, alpha=0.5, lw=1)
         axes.fill_between(budgets, [100 * e.low for _, e in points], [100 * e.high for _, e in points], color=colour, alpha=0.12, lw=0)
     axes.set(xlabel=budget, ylabel="accuracy under attack (%)", ylim=(0, 100))
     axes.set_title(title, loc="left", fontsize=10)
     if logarithmic:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _save(figure, path)
