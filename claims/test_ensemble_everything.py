@@ -257,6 +257,7 @@ CLAIMS = [
             lambda threat, attack: clean(SELF) - robust(SELF, threat, attack, ("universal",), only=True),
             by=dict.fromkeys(("smoke", "cpu", "gpu"), "universal,heads=true"),
             smoke=broken("At 48/255 of digits one perturbation for all images costs 50 points and more.", "not reproduced"),
+            cpu=broken("Fitted on all heads it costs 9 points, fitted on the prediction 16.", "not reproduced"),
         ),
     ),
     claim(
@@ -289,7 +290,12 @@ CLAIMS = [
         below(0.10),
         (
             Trial("digits", robust(SELF, "Linf:192/255", RAND["smoke"]), scales=("smoke",)),
-            Trial("cifar10", robust(SELF, "Linf:32/255", RAND["cpu"]), scales=("cpu",)),
+            Trial(
+                "cifar10",
+                robust(SELF, "Linf:32/255", RAND["cpu"]),
+                {"cpu": Standing(("reproduced",), ("open",), "Put to one attack only, which leaves 1 %.")},
+                ("cpu",),
+            ),
         ),
     ),
     value("table-1-resnet18", f"{SELF},backbone=resnet18-unnormalised", "cifar10", 64.06, "Table 1: ResNet-18 from scratch, 1024 images"),
