@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from robench.errors import UserError
@@ -87,11 +89,19 @@ def import_tree(name: str) -> None:
         _guarded(f"module {full}", partial(importlib.import_module, full))
 
 
+class _Source(SourceFileLoader):
+    """Compiles a file anew each time: kept bytecode would be a file beside the user's, and goes stale if two edits share a second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
 def import_file(path: Path) -> Any:
     """Import a Python file by its path and return the module."""
     name = f"robench_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
+    if path.suffix != ".py" or spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
