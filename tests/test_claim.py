@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import rich
 
-from robench import attacks, claim, record, verdicts, zoo
+from robench import attacks, claim, demo, record, verdicts, zoo
 from robench.claim import (
     SOUND,
     Accuracy,
@@ -421,6 +421,10 @@ def test_a_claim_is_complete_and_can_be_measured(made: Claim) -> None:
             assert standing.because or standing == SOUND
             assert standing.verdicts
             assert standing.status
+
+
+def test_every_claim_of_the_demo_is_there() -> None:
+    assert {made.name for made in DISCOVERED if any("smoke" in trial.scales for trial in made.trials)} >= set(demo.CLAIMS)
 
 
 def test_a_value_is_claimed_at_the_papers_own_scale_alone() -> None:

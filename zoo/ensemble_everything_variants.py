@@ -23,7 +23,10 @@ AGGREGATIONS: dict[str, Aggregator] = {"crossmax": crossmax, "median_of_logits":
 
 @register(paper=ENSEMBLE_EVERYTHING, version=1)
 def crossmax_ensemble(setting: Setting, *, k: int = 10, aggregation: str = "crossmax", backbone: str | None = None) -> Specimen:
-    """Networks of the plain image, each trained by itself on clean images; by default under CrossMax with the median (Figure 4)."""
+    """Networks of the plain image, each trained by itself on clean images; by default under CrossMax with the median (Figure 4).
+
+    The paper's ResNet-18s start from ImageNet weights; these start from scratch.
+    """
     if aggregation not in AGGREGATIONS:
         raise UserError(f"aggregation {aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
     if k < 2:
