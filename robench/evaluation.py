@@ -23,12 +23,12 @@ from robench.defense import Defense
 from robench.errors import OutOfTimeError, UserError
 from robench.estimate import Estimate
 from robench.files import write_atomic
+from robench.fingerprint import state_hash
 from robench.noise import Draw
 from robench.record import Record
 from robench.surrogate import declares
 from robench.targets import Target
 from robench.threat import ThreatModel
-from robench.training import state_hash
 
 SCORING_DRAWS = 10
 """Fresh draws that score a random defense."""

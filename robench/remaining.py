@@ -11,7 +11,7 @@ from robench import training, weights, zoo
 from robench.data import Dataset
 from robench.defense import as_defense
 from robench.errors import UserError
-from robench.training import Recipe
+from robench.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def passes_per_image(recipe: Recipe) -> float:
     """Return the passes, forwards and backwards, that one epoch takes for each image: each attack step two, the update two or four."""
     if recipe.attack is None:
         return 2
-    return 2 * recipe.attack.steps + (4 if recipe.clean_weight > 0 else 2)
+    return 2 * recipe.attack.steps + (4 if recipe.clean_weight > 0 or recipe.trades > 0 else 2)
 
 
 def _overlap(one: str, other: str) -> bool:

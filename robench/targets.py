@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from robench import data, sources, training, weights, zoo
+from robench import data, fingerprint, overfitting, recipe, sources, training, weights, zoo
 from robench.data import Dataset
 from robench.defense import Defense, as_defense
 from robench.errors import UserError
@@ -119,10 +119,11 @@ def trained(
             for stage in stages:
                 training.place(defense.get_submodule(stage.module), device)
         else:
-            training.train(
+            history = training.train(
                 defense, stages, split, folder=folder / "training", device=device, anew=anew, progress=progress, stop=stop
             )  # fmt: skip
-            summary = training.summary(stages, [training.precision(stage.recipe, device) for stage in stages])
+            summary = recipe.summary(stages, [training.precision(stage.recipe, device) for stage in stages])
+            summary |= overfitting.report(history)
     return Target(defense.eval(), named.text, entry.version, "zoo", entry.paper.arxiv, seed, summary)
 
 
@@ -131,14 +132,14 @@ def check_settled(target: Target, state: str) -> None:
 
     Args:
         target: what is attacked.
-        state: `training.state_hash` of its defense before.
+        state: `fingerprint.state_hash` of its defense before.
 
     Raises:
         UserError: if a module stays in training mode, where answers depend on the batch, or anything changed.
     """
     if stuck := [name or type(module).__name__ for name, module in target.defense.named_modules() if module.training]:
         raise UserError(f"{target.name} stays in training mode after eval() ({stuck[0]}), where its answers may depend on the batch")
-    if training.state_hash(target.defense) != state:
+    if fingerprint.state_hash(target.defense) != state:
         raise UserError(f"{target.name} changes its weights or buffers while it is attacked, so no two answers are of the same model")
 
 

@@ -25,12 +25,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from robench import training, zoo
+from robench import overfitting, training, zoo
 from robench.data import Dataset
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.files import write_atomic
+from robench.fingerprint import reference_logits, state_hash
 from robench.parameters import Value
+from robench.recipe import Precision, Stage, plain, summary
 
 CONFIG, STATE, CARD, RECORDS, FOLDER = "config.json", "model.safetensors", "README.md", "records", "weights"
 
@@ -53,8 +55,8 @@ class Config(BaseModel):
         training_version: the version of the training's own code.
         precision: what each stage was trained in.
         training: what a record says of the training, a line per stage.
-        logits: of the training split's first two images, as `training.reference_logits` gives them.
-        weights_sha256: `training.state_hash`, which records keep.
+        logits: of the training split's first two images, as `fingerprint.reference_logits` gives them.
+        weights_sha256: `fingerprint.state_hash`, which records keep.
         file_sha256: of the file model.safetensors.
         source: where they were pulled from; empty where they were trained.
     """
@@ -73,7 +75,7 @@ class Config(BaseModel):
     seed: Annotated[int, Field(ge=0)]
     stages: list[dict[str, Any]]
     training_version: int
-    precision: list[training.Precision]
+    precision: list[Precision]
     training: dict[str, Value]
     logits: list[list[float]]
     weights_sha256: Sha256
@@ -91,7 +93,7 @@ class Trained:
     """A defense with its trained weights, in evaluation mode on the CPU, the stages that trained it, and what is known of both."""
 
     defense: Defense
-    stages: tuple[training.Stage, ...]
+    stages: tuple[Stage, ...]
     config: Config
 
     @property
@@ -105,8 +107,8 @@ class MisfitError(UserError):
 
 
 def describe(
-    named: zoo.Named, setting: zoo.Setting, defense: Defense, stages: Sequence[training.Stage], split: Dataset, *,
-    precision: Sequence[training.Precision], source: str = "",
+    named: zoo.Named, setting: zoo.Setting, defense: Defense, stages: Sequence[Stage], split: Dataset, *,
+    precision: Sequence[Precision], how: dict[str, Value], source: str = "",
 ) -> tuple[Config, bytes]:  # fmt: skip
     """Return what describes a trained defense, and its weights as the bytes of a safetensors file.
 
@@ -117,6 +119,7 @@ def describe(
         stages: that trained it.
         split: the training split.
         precision: what each stage was trained in.
+        how: it was trained, a line per stage.
         source: where the weights were pulled from, if they were.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in defense.state_dict().items()}
@@ -125,8 +128,8 @@ def describe(
         defense=named.text, version=named.entry.version, paper=named.entry.paper.arxiv, dataset=setting.dataset, classes=setting.classes,
         image_shape=setting.image_shape, fingerprint=split.fingerprint, scale=setting.scale, seed=setting.seed,
         stages=_plain(stages), training_version=training.VERSION, precision=list(precision),
-        training=training.summary(stages, precision), logits=training.reference_logits(defense, split).tolist(),
-        weights_sha256=training.state_hash(defense), file_sha256=hashlib.sha256(content).hexdigest(), source=source,
+        training=how, logits=reference_logits(defense, split).tolist(),
+        weights_sha256=state_hash(defense), file_sha256=hashlib.sha256(content).hexdigest(), source=source,
     ), content  # fmt: skip
 
 
@@ -141,20 +144,21 @@ def kept(
     """
     found = find(named, setting, split, cache=cache, progress=progress) if ready_made else None
     if found is not None:
-        trained_in, source = found.config.precision, found.config.source
-        return describe(named, setting, found.defense, found.stages, split, precision=trained_in, source=source)
+        trained_in, how, source = found.config.precision, found.config.training, found.config.source
+        return describe(named, setting, found.defense, found.stages, split, precision=trained_in, how=how, source=source)
     specimen = named.build(setting)
     if not specimen.stages:
         raise UserError(f"{named.text} is not trained, so there are no weights to share")
     try:
-        training.train(
+        history = training.train(
             specimen.defense, specimen.stages, split, folder=cache / "training", device=device, may_train=False, progress=progress
         )
     except training.NotTrainedError:
         command = f"robench train {named.text} --dataset {setting.dataset} --scale {setting.scale} --seed {setting.seed}"
         raise UserError(f"{named.text} is not trained yet for {device}; run: {command} --device {device}") from None
     precision = [training.precision(stage.recipe, device) for stage in specimen.stages]
-    return describe(named, setting, specimen.defense, specimen.stages, split, precision=precision)
+    how = summary(specimen.stages, precision) | overfitting.report(history)
+    return describe(named, setting, specimen.defense, specimen.stages, split, precision=precision, how=how)
 
 
 def save(folder: Path, config: Config, content: bytes) -> None:
@@ -229,10 +233,10 @@ def load(folder: Path, split: Dataset | None) -> Trained:
     defense = specimen.defense
     defense.load_state_dict(state)
     defense.eval()
-    if training.state_hash(defense) != config.weights_sha256:
+    if state_hash(defense) != config.weights_sha256:
         raise UserError(f"{folder / STATE} does not have the weights that {CONFIG} names (SHA-256 {config.weights_sha256}); get them anew")
     if split is not None:
-        stated, logits = torch.tensor(config.logits, dtype=torch.float64), training.reference_logits(defense, split)
+        stated, logits = torch.tensor(config.logits, dtype=torch.float64), reference_logits(defense, split)
         if stated.shape != logits.shape or not torch.allclose(stated, logits, rtol=TOLERANCE, atol=TOLERANCE):
             raise MisfitError(f"the weights in {folder} are of {config.defense} with other outputs than it gives here")
     return Trained(defense, specimen.stages, config)
@@ -285,7 +289,7 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
 
 
-def _plain(stages: Sequence[training.Stage]) -> list[dict[str, Any]]:
+def _plain(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Return stages as JSON holds them."""
-    plain: list[dict[str, Any]] = json.loads(json.dumps([dataclasses.asdict(stage) for stage in stages]))
-    return plain
+    made: list[dict[str, Any]] = json.loads(json.dumps([dataclasses.asdict(stage) | {"recipe": plain(stage.recipe)} for stage in stages]))
+    return made

@@ -16,10 +16,12 @@ from robench.errors import UserError, nearest
 from robench.noise import isolated_generator
 from robench.parameters import Value
 from robench.plugins import Failure
-from robench.training import Stage
+from robench.recipe import Stage, with_epochs
 
 Scale = Literal["smoke", "cpu", "gpu", "paper"]
 GROUP = "robench.zoo"
+EPOCHS = "epochs"
+"""What every trained defense can be asked for beside its own parameters."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +94,32 @@ class Entry:
 
 @dataclass(frozen=True)
 class Named:
-    """An entry with all its parameters, as ``robust_average,k=8,eps=0.22`` names it."""
+    """An entry with all its parameters, as ``robust_average,k=8,eps=0.22`` names it.
+
+    Attributes:
+        entry: the defense.
+        values: of its own parameters.
+        epochs: of its first stage of training, the others in proportion, as ``natural,epochs=20`` names it; None for the recipes' own.
+    """
 
     entry: Entry
     values: dict[str, Value]
+    epochs: int | None = None
 
     @property
     def text(self) -> str:
         """The full name: every parameter is written, so that it means the same when a default changes."""
-        return parameters.written(self.entry.alias_of or self.entry.name, self.values)
+        return parameters.written(self.entry.alias_of or self.entry.name, self.values | {EPOCHS: self.epochs})
 
     def build(self, setting: Setting) -> Specimen:
         """Return the untrained defense and its training stages; what draws from torch's generators is seeded by the setting."""
         with isolated_generator(setting.seed):
-            return self.entry.factory(setting, **self.values)
+            specimen = self.entry.factory(setting, **self.values)
+        if self.epochs is None:
+            return specimen
+        if not specimen.stages:
+            raise UserError(f"{self.entry.name} is not trained, so it has no epochs")
+        return Specimen(specimen.defense, with_epochs(specimen.stages, self.epochs))
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -159,7 +173,7 @@ def failures() -> list[Failure]:
 
 
 def parse(text: str) -> Named:
-    """Read a defense's name and parameters: ``natural``, ``robust_average,k=8,eps=0.22``.
+    """Read a defense's name and parameters: ``natural``, ``robust_average,k=8,eps=0.22``, ``natural,epochs=20``.
 
     Raises:
         UserError: for an unknown name or parameter (naming the nearest), or a value of the wrong type.
@@ -170,5 +184,16 @@ def parse(text: str) -> Named:
         broken = "".join(f"; {f.origin} failed to load ({f.reason})" for f in failures())
         raise UserError(f"unknown defense {name!r}{nearest(name, known)}; `robench zoo list` shows all{broken}")
     entry = known[name]
-    values = entry.defaults() | parameters.read_settings(f"defense {name!r}", entry.factory, settings, entry.defaults())
-    return Named(entry, values)
+    own, epochs = entry.defaults(), None
+    if EPOCHS not in own:
+        every = [s for s in settings if s.partition("=")[0].strip() == EPOCHS]
+        settings = [s for s in settings if s not in every]
+        if every:
+            epochs = int(parameters.read_settings(f"defense {name!r}", _every_defense, every, {EPOCHS: None})[EPOCHS] or 0)
+            if epochs < 1:
+                raise UserError(f"defense {name!r}: epochs={epochs} trains nothing; write 1 or more")
+    return Named(entry, own | parameters.read_settings(f"defense {name!r}", entry.factory, settings, own), epochs)
+
+
+def _every_defense(*, epochs: int) -> None:
+    """Give the type of what every trained defense can be asked for."""

@@ -142,7 +142,7 @@ TINY = '''
 from torch import nn
 from robench.aggregate import mean_of_logits
 from robench.defense import Ensemble
-from robench.training import Recipe, Stage
+from robench.recipe import Recipe, Stage
 from robench.zoo import Paper, Specimen, register
 
 PAPER = Paper("A tiny paper", "1234.56789", "@misc{tiny, title = {A tiny paper}}", "tiny")

@@ -230,6 +230,30 @@ def test_a_random_defense_is_shown_with_its_three_readings(make_record: Callable
     assert dict(console.outcome(make_record([1, 0], partial="2 of 100")))["partial"] == "2 of 100"
 
 
+def test_train_makes_several_copies_of_so_many_epochs(robench: Robench) -> None:
+    result = robench("train", "natural,epochs=1", "--seeds", "2", "--seed", "3")
+    assert result.exit_code == 0
+    seeds = [line for line in result.stdout.splitlines() if line.startswith("defense")]
+    assert [("natural,epochs=1" in line, f"seed {seed})" in line) for line, seed in zip(seeds, (3, 4), strict=True)] == [(True, True)] * 2
+    hashes = [line for line in result.stdout.splitlines() if "SHA-256" in line]
+    assert len(set(hashes)) == 2
+
+
+def test_a_training_budget_says_which_name_the_weights_have(robench: Robench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robench.training_budget._seconds_per_epoch", lambda *_: 20.0)
+    result = robench("train", "natural", "--budget", "45s")
+    assert result.exit_code == 0
+    assert "natural,epochs=2 (" in result.stdout
+    for arguments, message in (
+        (["natural,epochs=3", "--budget", "45s"], "natural,epochs=3 has its epochs and --budget would choose them; leave one out"),
+        (["natural", "--budget", "soon"], "'soon' is no duration above 0"),
+        (["natural", "--budget", "5s"], "a budget of 5 s does not fit one epoch"),
+    ):
+        failed = robench("train", *arguments)
+        assert failed.exit_code == 2
+        assert message in failed.stderr
+
+
 def test_train_then_evaluate_takes_the_trained_weights(robench: Robench) -> None:
     trained = robench("train", "natural", "--device", "cpu", "--seed", "1")
     assert trained.exit_code == 0

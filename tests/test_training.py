@@ -18,14 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robench import data, noise, training, zoo
+from robench import data, fingerprint, noise, training, zoo
+from robench.adversarial import attack_batch, train_step
+from robench.adversarial import losses as loss_of_each
 from robench.aggregate import mean_of_logits, mean_of_probabilities
+from robench.batches import augmented, batches
 from robench.data import Dataset
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
+from robench.fingerprint import state_hash
 from robench.noise import Draw
+from robench.recipe import InnerAttack, Recipe, Stage, learning_rate
 from robench.threat import ThreatModel
-from robench.training import InnerAttack, Recipe, Stage, attack_batch, state_hash, train
+from robench.training import train
 
 PLAIN = Recipe(epochs=2, learning_rate=0.05, batch_size=32, augmentation="none")
 LINF = InnerAttack("Linf:48/255", steps=2, step_size=0.2, start="gaussian")
@@ -167,7 +172,7 @@ def test_the_clean_weight_is_that_of_the_clean_half(digits: Dataset) -> None:
     for weight in (0.5, 1.0):
         module = ensemble(0)
         optimiser = torch.optim.SGD(module.parameters(), lr=0.0)
-        loss = training._step(module, optimiser, dataclasses.replace(ADVERSARIAL, clean_weight=weight), x, y, draw, False, ())
+        loss = train_step(module, optimiser, dataclasses.replace(ADVERSARIAL, clean_weight=weight), x, y, draw)
         assert float(loss) == pytest.approx(float((adversarial + weight * clean) / (1 + weight)), rel=1e-5)
 
 
@@ -175,10 +180,10 @@ def test_the_loss_on_predictors_is_each_ones_own(digits: Dataset) -> None:
     x, y = data.as_float(digits.images[:16]), digits.labels[:16]
     defense = ensemble(0, 1).eval()
     predictors = defense.predictors(x)
-    own = training._losses(defense, predictors, y, dataclasses.replace(PLAIN, loss_on="predictors"))
+    own = loss_of_each(defense, predictors, y, dataclasses.replace(PLAIN, loss_on="predictors"))
     parts = [functional.cross_entropy(predictors[:, i], y, reduction="none") for i in range(2)]
     assert torch.allclose(own, (parts[0] + parts[1]) / 2)
-    joint = training._losses(defense, predictors, y, PLAIN)
+    joint = loss_of_each(defense, predictors, y, PLAIN)
     assert torch.allclose(joint, functional.cross_entropy(predictors.mean(1), y, reduction="none"))
 
 
@@ -199,6 +204,29 @@ def test_library_noise_inside_a_network_is_the_same_each_time(digits: Dataset, t
     first = trained("a")
     torch.rand(3)
     assert trained("b") == first
+
+
+def test_averaging_keeps_the_moving_average_of_weights_and_statistics(digits: Dataset, tmp_path: Path) -> None:
+    """Of the weights after each step, the first ones to begin with, by a plain loop."""
+    recipe = dataclasses.replace(PLAIN, averaging=0.8)
+    trained, module = ensemble(0), ensemble(0)
+    train(trained, (Stage(recipe, 0),), digits, folder=tmp_path)
+    parameters = list(module.parameters())
+    optimiser = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
+    average: dict[str, Tensor] = {}
+    step = 0
+    for epoch in range(recipe.epochs):
+        for indices, x, y in batches(digits.images, digits.labels, recipe, 0, epoch, torch.contiguous_format):
+            optimiser.param_groups[0]["lr"] = learning_rate(recipe, step, 8)
+            train_step(module, optimiser, recipe, x, y, Draw(0, indices, epoch))
+            now = {name: tensor.clone() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+            average = {name: 0.8 * average[name] + 0.2 * tensor for name, tensor in now.items()} if average else now
+            step += 1
+    state = trained.state_dict()
+    assert step == 8
+    for name, tensor in average.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(state["networks.0.head.weight"], now["networks.0.head.weight"], atol=1e-3)
 
 
 # Stages that are kept
@@ -264,11 +292,11 @@ def test_equal_weights_that_compute_something_else_are_trained_anew(one: str, ot
     setting = zoo.Setting("digits", 10, (3, 16, 16), "smoke", 0)
     defenses = [zoo.parse(text).build(setting).defense for text in (one, other)]
     assert state_hash(defenses[0]) == state_hash(defenses[1])
-    hashes = [training.behaviour_hash(defense, digits) for defense in defenses]
+    hashes = [fingerprint.behaviour_hash(defense, digits) for defense in defenses]
     assert hashes[0] != hashes[1]
-    assert hashes == [training.behaviour_hash(defense, digits) for defense in defenses]
+    assert hashes == [fingerprint.behaviour_hash(defense, digits) for defense in defenses]
     assert all(parameter.dtype == torch.float32 for parameter in defenses[0].parameters())
-    assert training.behaviour_hash(defenses[0].to(memory_format=torch.channels_last), digits) == hashes[0]
+    assert fingerprint.behaviour_hash(defenses[0].to(memory_format=torch.channels_last), digits) == hashes[0]
 
 
 def test_another_aggregation_is_trained_anew(digits: Dataset, tmp_path: Path) -> None:
@@ -280,16 +308,25 @@ def test_another_aggregation_is_trained_anew(digits: Dataset, tmp_path: Path) ->
     assert state_hash(first) != state_hash(second)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimiser": "sgd"},
+        {"optimiser": "adam"},
+        {"averaging": 0.9},
+        {"attack": InnerAttack("Linf:48/255", 1, 0.2, "uniform", mode="training")},
+    ],
+    ids=["sgd", "adam", "averaging", "single-step"],
+)
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_interrupted_training_goes_on_to_the_same_weights(
-    optimiser: Any, after: int, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], after: int, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    recipe = dataclasses.replace(ADVERSARIAL, epochs=3, optimiser=optimiser, learning_rate=0.02, augmentation="crop")
+    recipe = dataclasses.replace(ADVERSARIAL, epochs=3, learning_rate=0.02, augmentation="crop", **changes)
     stages = (Stage(recipe, 0),)
     whole = ensemble(0)
-    train(whole, stages, digits, folder=tmp_path / "whole")
+    history = train(whole, stages, digits, folder=tmp_path / "whole")
     lines: list[str] = []
 
     def impatient(line: str) -> None:
@@ -300,7 +337,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         train(ensemble(0), stages, digits, folder=tmp_path / "parts", progress=impatient)
     resumed, lines = ensemble(0), []
-    train(resumed, stages, digits, folder=tmp_path / "parts", progress=lines.append)
+    assert train(resumed, stages, digits, folder=tmp_path / "parts", progress=lines.append) == history
     # The epoch whose line was being told is not yet kept.
     assert [line.split(":")[0] for line in lines] == [f"stage 1/1 epoch {epoch}/3" for epoch in range(after, 4)]
     assert state_hash(resumed) == state_hash(whole)
@@ -321,6 +358,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from robench import data, training
+from robench.recipe import Stage
 sys.path.insert(0, {tests!r})
 from test_training import ADVERSARIAL, Small
 from robench.defense import Ensemble
@@ -331,7 +369,7 @@ recipe = dataclasses.replace(ADVERSARIAL, epochs=40)
 defense = Ensemble([Small(0)], mean_of_logits)
 torch.optim.SGD(defense.parameters())  # imports what takes seconds
 print("ready", flush=True)
-training.train(defense, (training.Stage(recipe, 0),), data.load("digits", "train").first(128), folder=Path(sys.argv[1]),
+training.train(defense, (Stage(recipe, 0),), data.load("digits", "train").first(128), folder=Path(sys.argv[1]),
                progress=lambda line: print(line, flush=True))
 print("finished", flush=True)
 """
@@ -420,25 +458,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(digits: Dataset, tmp_path: 
         train(ensemble(0), (Stage(PLAIN, 0),), digits, folder=tmp_path / "file" / "folder")
 
 
-# Schedules, augmentation, layout
-
-
-def test_the_learning_rate_follows_its_schedule() -> None:
-    def rates(schedule: Any, steps: int) -> list[float]:
-        recipe = dataclasses.replace(PLAIN, schedule=schedule, learning_rate=2.0)
-        return [training._rate(recipe, step, steps) for step in range(steps)]
-
-    assert rates("constant", 4) == [2.0] * 4
-    assert rates("step", 6) == pytest.approx([2.0, 2.0, 0.2, 0.2, 0.02, 0.02])
-    cycle = rates("one-cycle", 1000)
-    assert cycle[0] == pytest.approx(2 / 300)
-    assert cycle[149] == pytest.approx(1.0)
-    assert cycle[299] == pytest.approx(2.0)
-    assert cycle[649] == pytest.approx(1.0, abs=0.005)
-    assert 0 < cycle[-1] < 0.01
-    assert max(cycle) < 2.002
-    assert cycle[:300] == sorted(cycle[:300])
-    assert cycle[301:] == sorted(cycle[301:], reverse=True)
+# Augmentation, layout
 
 
 def windows(image: Tensor, padding: int) -> list[Tensor]:
@@ -452,7 +472,7 @@ def windows(image: Tensor, padding: int) -> list[Tensor]:
 def test_augmentation_shifts_up_to_an_eighth_and_mirrors_half(kind: str) -> None:
     count = 1500
     image = torch.randint(1, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    made = training._augmented(image.expand(count, -1, -1, -1), kind, Draw(0, torch.arange(count), 4))
+    made = augmented(image.expand(count, -1, -1, -1), kind, Draw(0, torch.arange(count), 4))
     assert (made.shape, made.dtype) == ((count, 3, 16, 16), torch.uint8)
     crops = windows(image, 2)
     choices = torch.stack([*crops, *(crop.flip(2) for crop in crops)] if kind == "crop-flip" else crops)
@@ -469,23 +489,23 @@ def test_augmentation_depends_on_seed_example_and_epoch_alone() -> None:
     images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(64)
 
-    def augmented(chosen: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
-        return training._augmented(images[chosen], "crop-flip", Draw(seed, ids[chosen], epoch))
+    def some_augmented(chosen: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
+        return augmented(images[chosen], "crop-flip", Draw(seed, ids[chosen], epoch))
 
-    whole, some = augmented(ids), torch.tensor([40, 3, 17])
-    assert torch.equal(augmented(some), whole[some])
-    assert not torch.equal(augmented(ids, seed=1), whole)
-    assert not torch.equal(augmented(ids, epoch=1), whole)
-    assert torch.equal(training._augmented(images, "none", Draw(0, ids)), images)
+    whole, some = some_augmented(ids), torch.tensor([40, 3, 17])
+    assert torch.equal(some_augmented(some), whole[some])
+    assert not torch.equal(some_augmented(ids, seed=1), whole)
+    assert not torch.equal(some_augmented(ids, epoch=1), whole)
+    assert torch.equal(augmented(images, "none", Draw(0, ids)), images)
 
 
 def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(digits: Dataset) -> None:
     def order(seed: int, epoch: int) -> Tensor:
-        batches = list(training._batches(digits.images, digits.labels, PLAIN, seed, epoch, torch.channels_last))
-        for indices, x, y in batches:
+        made = list(batches(digits.images, digits.labels, PLAIN, seed, epoch, torch.channels_last))
+        for indices, x, y in made:
             assert torch.equal(x, data.as_float(digits.images[indices]))
             assert torch.equal(y, digits.labels[indices])
-        return torch.cat([indices for indices, _, _ in batches])
+        return torch.cat([indices for indices, _, _ in made])
 
     assert torch.equal(order(0, 0).sort().values, torch.arange(128))
     assert torch.equal(order(0, 0), order(0, 0))

@@ -12,8 +12,9 @@ from click.testing import CliRunner, Result
 from robench import claim, data, demo, targets, weights, zoo
 from robench.cli import main
 from robench.errors import UserError
+from robench.fingerprint import reference_logits, state_hash
+from robench.recipe import Stage
 from robench.targets import Target
-from robench.training import Stage, reference_logits, state_hash
 from robench.weights import CONFIG, STATE, Config, MisfitError
 from robench.workbench import Workbench
 

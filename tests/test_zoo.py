@@ -16,8 +16,9 @@ from robench import aggregate, noise, plugins, zoo
 from robench.cost import counted
 from robench.defense import Ensemble
 from robench.errors import UserError
+from robench.fingerprint import state_hash
 from robench.noise import Draw
-from robench.training import Stage, state_hash
+from robench.recipe import Stage
 from robench.zoo import Paper, Scale, Setting, Specimen
 
 ENTRIES = zoo.entries()  # also makes robench_zoo importable by its entry point's name

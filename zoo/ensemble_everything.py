@@ -14,7 +14,7 @@ from robench.aggregate import crossmax, crossmax_kth
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
 from robench.noise import Draw
-from robench.training import Recipe, Stage
+from robench.recipe import Recipe, Stage
 from robench.zoo import Setting, Specimen, register
 
 from .multiresolution import MultiResolution, pipeline

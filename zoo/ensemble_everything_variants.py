@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robench.aggregate import Aggregator, crossmax, mean_of_logits, median_of_logits
 from robench.defense import Ensemble
 from robench.errors import UserError
-from robench.training import Stage
+from robench.recipe import Stage
 from robench.zoo import Setting, Specimen, register
 
 from .ensemble_everything import Design, SelfEnsemble, backbone_recipe, multiresolution, self_ensemble

@@ -38,3 +38,39 @@ REVISITING_ENSEMBLES = Paper(
   year = {2020}
 }""",
 )
+
+PGD_TRAINING = Paper(
+    title="Towards Deep Learning Models Resistant to Adversarial Attacks",
+    arxiv="1706.06083",
+    slug="pgd_training",
+    bibtex="""@article{madry2017towards,
+  title = {Towards Deep Learning Models Resistant to Adversarial Attacks},
+  author = {Madry, Aleksander and Makelov, Aleksandar and Schmidt, Ludwig and Tsipras, Dimitris and Vladu, Adrian},
+  journal = {arXiv preprint arXiv:1706.06083},
+  year = {2017}
+}""",
+)
+
+FAST_TRAINING = Paper(
+    title="Fast is better than free: Revisiting adversarial training",
+    arxiv="2001.03994",
+    slug="fast_training",
+    bibtex="""@article{wong2020fast,
+  title = {Fast is better than free: Revisiting adversarial training},
+  author = {Wong, Eric and Rice, Leslie and Kolter, J. Zico},
+  journal = {arXiv preprint arXiv:2001.03994},
+  year = {2020}
+}""",
+)
+
+TRADES = Paper(
+    title="Theoretically Principled Trade-off between Robustness and Accuracy",
+    arxiv="1901.08573",
+    slug="trades",
+    bibtex="""@article{zhang2019theoretically,
+  title = {Theoretically Principled Trade-off between Robustness and Accuracy},
+  author = {Zhang, Hongyang and Yu, Yaodong and Jiao, Jiantao and Xing, Eric P. and El Ghaoui, Laurent and Jordan, Michael I.},
+  journal = {arXiv preprint arXiv:1901.08573},
+  year = {2019}
+}""",
+)

@@ -4,12 +4,13 @@ The small scales keep each paper's structure (losses, what is attacked, what is 
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
 
 from robench.noise import isolated_generator
-from robench.training import InnerAttack, Recipe, Stage
+from robench.recipe import InnerAttack, Recipe, Stage
 from robench.zoo import Setting
 
 from .backbones import Backbone, backbone
@@ -67,6 +68,32 @@ def single_step(setting: Setting) -> Recipe:
     """Light adversarial training: FGSM without random start, adversarial images alone (arXiv 2408.05446, released code)."""
     threat = linf_threat(setting)
     return _recipe(setting, InnerAttack(threat, 1, _budget(threat), "clean"), clean_weight=0.0)
+
+
+def pgd_training(setting: Setting) -> Recipe:
+    """PGD training on adversarial images alone: seven steps of a quarter of the budget from a uniform start (arXiv 1706.06083)."""
+    threat = linf_threat(setting)
+    steps = {"smoke": 2, "cpu": 3, "gpu": 7, "paper": 7}[setting.scale]
+    size = _budget(threat) / 4 if steps == 7 else _budget(threat) * 2.5 / steps
+    return _recipe(setting, InnerAttack(threat, steps, size, "uniform"), clean_weight=0.0, madry=True)
+
+
+def fast_training(setting: Setting) -> Recipe:
+    """A single step of 1.25 budgets from a uniform start, all in training mode (arXiv 2001.03994, released code: 30 epochs)."""
+    threat = linf_threat(setting)
+    recipe = _recipe(setting, InnerAttack(threat, 1, 1.25 * _budget(threat), "uniform", mode="training"), clean_weight=0.0)
+    return replace(recipe, epochs=30, learning_rate=0.2, schedule="one-cycle") if setting.scale == "paper" else recipe
+
+
+def trades_training(setting: Setting, beta: float) -> Recipe:
+    """Clean cross-entropy and `beta` times the divergence, raised by ten steps (arXiv 1901.08573, section 5.3 and released code)."""
+    threat = linf_threat(setting)
+    steps = {"smoke": 2, "cpu": 3, "gpu": 10, "paper": 10}[setting.scale]
+    size = 0.007 if steps == 10 else _budget(threat) * 2.5 / steps
+    recipe = replace(_recipe(setting, InnerAttack(threat, steps, size, "near", objective="divergence"), clean_weight=0.0), trades=beta)
+    if setting.scale == "paper":
+        return replace(recipe, epochs=100, schedule="late-step", weight_decay=2e-4)
+    return recipe
 
 
 def stage(recipe: Recipe, setting: Setting, module: str = "", member: int = 0, trainable: tuple[str, ...] = ()) -> Stage:

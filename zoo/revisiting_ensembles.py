@@ -13,7 +13,7 @@ from robench.aggregate import Aggregator, mean_of_logits, weighted
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
 from robench.noise import Draw
-from robench.training import Stage
+from robench.recipe import Stage
 from robench.zoo import Setting, Specimen, register
 
 from .backbones import Backbone

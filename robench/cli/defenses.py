@@ -19,9 +19,13 @@ from robench.cli.common import (
     scale_option,
     writable,
 )  # fmt: skip
+from robench.errors import UserError
 from robench.files import cache_folder
 
 if TYPE_CHECKING:
+    from robench import zoo as zoo_
+    from robench.data import Dataset
+    from robench.targets import Target
     from robench.zoo import Scale
 
 
@@ -51,31 +55,59 @@ def zoo_list(as_json: bool, plugins: tuple[Path, ...]) -> None:
 @dataset_option
 @scale_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Tells independently trained copies apart.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Train so many copies, from --seed on.")
+@click.option("--budget", metavar="DURATION", help="Train each copy for as many epochs as fit: 9m, 1h30m.")
 @click.option("--fresh", is_flag=True, help="Train anew, whatever weights there are.")
 @device_option
 @cache_option
 @plugin_option
 def train(
-    name: str, dataset: str, scale: "Scale | None", seed: int, fresh: bool, device: str | None, cache_dir: Path | None,
-    plugins: tuple[Path, ...],
+    name: str, dataset: str, scale: "Scale | None", seed: int, seeds: int, budget: str | None, fresh: bool, device: str | None,
+    cache_dir: Path | None, plugins: tuple[Path, ...],
 ) -> None:  # fmt: skip
-    """Train the defense NAME of the zoo, unless there are weights of it; they are kept in the cache."""
-    from robench import console, data, targets, training, workbench, zoo
+    """Train the defense NAME of the zoo, unless there are weights of it; they are kept in the cache.
+
+    NAME,epochs=N trains its first stage for N epochs and the others in proportion; --budget chooses N by timing a few steps here, and
+    says which name the weights have.
+    """
+    from robench import console, data, targets, workbench, zoo
 
     cache, device = writable(cache_folder(cache_dir)), available(device)
     load_plugins(plugins)
     named, split = zoo.parse(name), data.load(dataset, "test")
     scale = scale or workbench.default_scale(dataset)
-    with console.progress() as progress:
-        target = targets.trained(named, split, scale=scale, seed=seed, device=device, cache=cache, anew=fresh, progress=progress)
+    if budget is not None:
+        named = _within(named, split, scale, budget, device)
+    for copy in range(seed, seed + seeds):
+        with console.progress() as progress:
+            target = targets.trained(named, split, scale=scale, seed=copy, device=device, cache=cache, anew=fresh, progress=progress)
+        _show_trained(target, f"{dataset}, scale {scale}, {device}", cache)
+
+
+def _within(named: "zoo_.Named", split: "Dataset", scale: "Scale", budget: str, device: str) -> "zoo_.Named":
+    """Return the defense with as many epochs as a budget fits."""
+    import dataclasses
+
+    from robench import data, duration, targets, training_budget
+
+    if named.epochs is not None:
+        raise UserError(f"{named.text} has its epochs and --budget would choose them; leave one out")
+    seconds, setting = duration.seconds(budget), targets.setting_for(split, scale, 0)
+    epochs = training_budget.fitting_epochs(named.build(setting), data.load(split.name, "train"), seconds, device)
+    return dataclasses.replace(named, epochs=epochs)
+
+
+def _show_trained(target: "Target", where: str, cache: Path) -> None:
+    from robench import console, fingerprint
+
     how = dict(target.training or {})
     elsewhere = how.pop("weights", None)
     console.show_facts(
         [
-            ("defense", f"{target.name} (version {target.version}, seed {seed})"),
-            ("trained on", f"{dataset}, scale {scale}, {device}") if elsewhere is None else ("weights", str(elsewhere)),
+            ("defense", f"{target.name} (version {target.version}, seed {target.training_seed})"),
+            ("trained on", where) if elsewhere is None else ("weights", str(elsewhere)),
             *([(stage, str(line)) for stage, line in how.items()] or [("training", "none is needed")]),
-            ("weights", f"SHA-256 {training.state_hash(target.defense)}"),
+            ("weights", f"SHA-256 {fingerprint.state_hash(target.defense)}"),
             *([("kept in", str(cache / "training"))] if elsewhere is None else []),
         ]
     )
