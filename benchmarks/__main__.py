@@ -2,14 +2,16 @@
 
 import sys
 
-from benchmarks import decoys, overhead, stack, strength
+from benchmarks import decoys, overhead, stack, strength, training
 
 
 def main() -> int:
-    """Print what an iteration and the stack of resolutions cost, the attacks beside the reference, and what sees through decoys."""
+    """Print what iterations, the stack and training cost, the attacks beside the reference, and what sees through decoys."""
     overhead.main()
     print()
     stack.main()
+    print()
+    training.main([])
     print()
     strength.main(["--n", "20"])
     print()
