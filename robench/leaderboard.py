@@ -130,7 +130,7 @@ def as_table(leaderboard: Sequence[Row]) -> RenderableType:
     if not leaderboard:
         return EMPTY
     table = Table(caption=NOTE)
-    for header in _HEADERS:
+    for header in HEADERS:
         # A name is folded, never cut short.
         table.add_column(header, overflow="fold")
     for row in leaderboard:
@@ -144,7 +144,7 @@ def as_markdown(leaderboard: Sequence[Row]) -> str:
         return EMPTY
     # A bar or a line break in a text would end its cell.
     cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in _cells(row)] for row in leaderboard]
-    return f"{tabulate(cells, headers=_HEADERS, tablefmt='github', disable_numparse=True)}\n\n{NOTE}"
+    return f"{tabulate(cells, headers=HEADERS, tablefmt='github', disable_numparse=True)}\n\n{NOTE}"
 
 
 def as_json(leaderboard: Sequence[Row]) -> str:
@@ -187,7 +187,7 @@ def _stale(records: Sequence[Record], attack_versions: Mapping[str, int], defens
     return tuple(dict.fromkeys(reasons))
 
 
-_HEADERS = (
+HEADERS = (
     "defense",
     "data",
     "threat",
@@ -214,7 +214,7 @@ def _cells(row: Row) -> list[str]:
         str(row.clean),
         record.attack.name,
         ", ".join(row.attacks),
-        f"{_count(record.cost.forwards)} / {_count(record.cost.backwards)}",
+        f"{passes(record.cost.forwards)} / {passes(record.cost.backwards)}",
         record.scale,
         record.provenance.processor,
         "; ".join(row.verdicts),
@@ -222,8 +222,9 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _count(passes: float) -> str:
-    return f"{passes:,.0f}" if passes >= 10 or passes == int(passes) else f"{passes:.1f}"
+def passes(count: float) -> str:
+    """Return passes per image as they are shown."""
+    return f"{count:,.0f}" if count >= 10 or count == int(count) else f"{count:.1f}"
 
 
 def _share(estimate: Estimate | Proportion) -> dict[str, float]:

@@ -62,7 +62,7 @@ def campaign(
 
 
 @main.command()
-@click.option("--format", "style", type=click.Choice(["table", "md", "json", "csv"]), default="table", show_default=True)
+@click.option("--format", "style", type=click.Choice(["table", "md", "html", "json", "csv"]), default="table", show_default=True)
 @click.option("--out", type=PATH, help="Write to this file instead of stdout.")
 @click.option("--dataset", help="Only this data set.")
 @click.option("--threat", help="Only this threat model.")
@@ -70,7 +70,7 @@ def campaign(
 @plugin_option
 def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]) -> None:
     """Rank the defenses by what the records say."""
-    from robench import attacks, claim, console, leaderboard, record, zoo
+    from robench import attacks, claim, console, leaderboard, page, record, zoo
 
     zoo.discover(plugins)
     known = record.load_folder(records)
@@ -85,6 +85,7 @@ def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str |
     renderings: dict[str, Callable[[], str]] = {
         "table": lambda: console.as_text(leaderboard.as_table(rows)),
         "md": lambda: leaderboard.as_markdown(rows) + "\n",
+        "html": lambda: page.as_html(rows),
         "json": lambda: leaderboard.as_json(rows) + "\n",
         "csv": lambda: leaderboard.as_csv(rows),
     }
