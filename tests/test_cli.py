@@ -230,6 +230,13 @@ def test_a_random_defense_is_shown_with_its_three_readings(make_record: Callable
     assert dict(console.outcome(make_record([1, 0], partial="2 of 100")))["partial"] == "2 of 100"
 
 
+def test_the_precision_can_be_chosen(robench: Robench, tmp_path: Path) -> None:
+    for precision in ("float32", "bfloat16"):
+        result = robench("evaluate", "natural", "--attack", "fgsm", "--n", "5", "--precision", precision, "--json", f"{precision}.json")
+        assert result.exit_code == 0
+        assert record.load(tmp_path / f"{precision}.json").precision == precision
+
+
 def test_train_makes_several_copies_of_so_many_epochs(robench: Robench) -> None:
     result = robench("train", "natural,epochs=1", "--seeds", "2", "--seed", "3")
     assert result.exit_code == 0

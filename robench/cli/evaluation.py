@@ -25,6 +25,7 @@ from robench.files import cache_folder, write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from robench.evaluation import Precision
     from robench.zoo import Scale
 
 
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The attack's seed.")
 @click.option("--training-seed", type=SEED, default=0, show_default=True, help="Which trained copy of a defense of the zoo.")
 @click.option("--batch-size", type=click.IntRange(1), default=100, show_default=True, help="Examples attacked together.")
+@click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16"]),
+    help="Of the attack; what it finds is confirmed in float32.  [default: bfloat16 on cuda, else float32]",
+)  # fmt: skip
 @device_option
 @cache_option
 @plugin_option
@@ -48,8 +53,8 @@ if TYPE_CHECKING:
 @click.option("--time", "max_seconds", metavar="DURATION", callback=in_seconds, help="Likewise, after so long: 90s, 9m, 1h30m.")
 def evaluate(
     target: str, dataset: str, threat: str, attack: str, n: int | None, scale: "Scale | None", seed: int, training_seed: int,
-    batch_size: int, device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...], json_file: str | None,
-    records: Path | None, figure: Path | None, max_passes: int | None, max_seconds: float | None,
+    batch_size: int, precision: "Precision | None", device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...],
+    json_file: str | None, records: Path | None, figure: Path | None, max_passes: int | None, max_seconds: float | None,
 ) -> None:  # fmt: skip
     """Attack TARGET: a zoo name with parameters, robustbench:NAME, timm:NAME, or path/to/file.py:factory."""
     from robench import attacks, console, data, figures, record, targets, workbench
@@ -76,7 +81,7 @@ def evaluate(
     with console.progress() as progress:
         resolved = targets.resolve(target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress)
         made = measure(
-            resolved, examples, within, parsed_attack, seed=seed, batch_size=batch_size, device=device, scale=scale,
+            resolved, examples, within, parsed_attack, seed=seed, batch_size=batch_size, device=device, scale=scale, precision=precision,
             cache=cache, max_passes=max_passes, max_seconds=max_seconds, progress=progress, learnt=draw,
         )  # fmt: skip
     facts = console.outcome(made)
