@@ -197,7 +197,10 @@ def _begin(module: nn.Module, stage: Stage, checkpoint: Path, anew: bool) -> _Ru
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
     run = _Run(module, _optimiser(recipe, trained), trained, average, [])
     if checkpoint.exists() and not anew:
-        run.restore(*_read(checkpoint))
+        saved, history = _read(checkpoint)
+        # A checkpoint from before there was a history says too little to go on from.
+        if int(saved["epoch"]) == len(history):
+            run.restore(saved, history)
     return run
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -342,6 +343,26 @@ def test_interrupted_training_goes_on_to_the_same_weights(
     assert [line.split(":")[0] for line in lines] == [f"stage 1/1 epoch {epoch}/3" for epoch in range(after, 4)]
     assert state_hash(resumed) == state_hash(whole)
     assert [path.name for path in (tmp_path / "parts").iterdir()] == [path.name for path in (tmp_path / "whole").iterdir()]
+
+
+def test_a_checkpoint_without_a_history_is_not_gone_on_from(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an earlier release: its weights are those after two epochs, and nothing says what these came to."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    stages, whole = (Stage(dataclasses.replace(PLAIN, epochs=3), 0),), ensemble(0)
+    train(whole, stages, digits, folder=tmp_path / "whole")
+
+    def impatient(line: str) -> None:
+        if "epoch 3" in line:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        train(ensemble(0), stages, digits, folder=tmp_path, progress=impatient)
+    (path,) = tmp_path.glob("*.checkpoint")
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load(path.read_bytes())))
+    resumed, lines = ensemble(0), list[str]()
+    train(resumed, stages, digits, folder=tmp_path, progress=lines.append)
+    assert len(losses(lines)) == 3
+    assert state_hash(resumed) == state_hash(whole)
 
 
 def test_checkpoints_are_not_written_after_every_short_epoch(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
