@@ -30,6 +30,15 @@ class Defense(nn.Module):
         """Combine the predictors' logits: (B, N, classes) -> (B, classes)."""
         raise NotImplementedError
 
+    @property
+    def nested(self) -> bool:
+        """Whether a predictor is a defense with predictors and an aggregation of its own."""
+        return False
+
+    def innermost(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return the logits of every predictor, with those of its own in the place of a nested defense: (B, C, H, W) -> (B, M, classes)."""
+        return self.predictors(x, draw)
+
     def members(self) -> list[nn.Module]:
         """Return the modules whose forwards and backwards are the defense's cost; each counts one pass per image."""
         raise NotImplementedError
@@ -58,6 +67,17 @@ class Ensemble(Defense):
 
     def aggregate(self, logits: Tensor) -> Tensor:
         return self.aggregator(logits)
+
+    @property
+    def nested(self) -> bool:
+        return any(isinstance(network, Defense) and not isinstance(network, Plain) for network in self.networks)
+
+    def innermost(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        parts = [
+            network.innermost(x, member_draw(draw, i)) if isinstance(network, Defense) else network(x)[:, None]
+            for i, network in enumerate(self.networks)
+        ]
+        return torch.cat(parts, dim=1)
 
     def members(self) -> list[nn.Module]:
         return [m for network in self.networks for m in (network.members() if isinstance(network, Defense) else [network])]

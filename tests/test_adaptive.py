@@ -156,6 +156,18 @@ def test_an_honest_model_pays_for_no_view_it_does_not_need() -> None:
     assert cost.backwards - first.backwards <= len(x) * (5 * 5 + 4)
 
 
+def test_adaptive_looks_behind_nested_aggregations_where_there_are_some() -> None:
+    def votes(*seeds: int) -> Ensemble:
+        return Ensemble([Network(seed) for seed in seeds], majority_vote)
+
+    x = images()
+    for defense, nested in ((votes(0, 1, 2), False), (Ensemble([votes(0, 1, 2), votes(3, 4, 5)], majority_vote), True)):
+        y = predicted(defense.eval(), x)
+        found = run("adaptive,steps=10,queries=1", defense, x, y)
+        assert ("mean of innermost logits" in found.stages) == nested
+        assert (predicted(defense, found.x_adv) != y).float().mean() > 0.9
+
+
 def test_a_random_defense_keeps_the_image_that_fails_on_most_draws() -> None:
     defense, x, judges = Noisy().eval(), images(), range(2**20, 2**20 + 40)
 

@@ -272,8 +272,21 @@ def test_mean_surrogate_keeps_predictors_and_noise() -> None:
     surrogate = attacks.mean_surrogate(Ensemble([noisy, Network(48, 2), Network(48, 3)], crossmax))
     assert isinstance(surrogate, MeanSurrogate)
     assert surrogate.random
-    torch.testing.assert_close(surrogate(x, draw), surrogate.defense.predictors(x, draw).mean(1))
+    torch.testing.assert_close(surrogate(x, draw), surrogate.defense.innermost(x, draw).mean(1))
     assert surrogate.members() == surrogate.defense.members()
+
+
+def test_mean_transfer_goes_through_every_aggregation_of_a_nested_ensemble() -> None:
+    """The mean of two votes has no gradient; the mean of the six networks behind them has one."""
+    votes = [Ensemble([Network(48, 3 * vote + number) for number in range(3)], majority_vote) for vote in range(2)]
+    nested = Ensemble(votes, mean_of_logits).eval()
+    x, threat = images(12, 3, 4, 4), ThreatModel.parse("Linf:0.3")
+    y = predicted(nested, x)
+    shown = attacks.mean_surrogate(nested).predictors(x)
+    assert shown.shape == (12, 6, nested(x).shape[1])
+    torch.testing.assert_close(shown[:, 4], votes[1].networks[1](x))
+    moved = attacks.parse("mean-transfer-20")(nested, x, y, threat, examples=torch.arange(12), seed=0)
+    assert (predicted(nested, moved) != y).float().mean() > 0.9
 
 
 def test_predictor_transfer_is_pgd_on_that_predictor() -> None:

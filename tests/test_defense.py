@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import aggregate, noise
+from robench import aggregate, noise, zoo
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
 from robench.cost import Cost, counted
 from robench.defense import Defense, Ensemble, FreshDraws, Plain, as_defense, member_draw
@@ -223,6 +223,23 @@ def test_only_members_that_the_gradient_reaches_count() -> None:
     assert count(ensemble, lambda: ensemble.predictors(x)[:, 0].sum().backward()) == (6, 6)
     # Through the first member alone.
     assert count(ensemble, lambda: (ensemble(x), ensemble.networks[0](x).sum().backward())) == (9, 3)
+
+
+def test_the_innermost_predictors_are_those_behind_every_aggregation() -> None:
+    """On the very noise that the defense itself sees; a flat one's are its own."""
+    defense = zoo.parse("multires_ensemble3").build(zoo.Setting("digits", 10, (3, 16, 16), "smoke", 0)).defense.eval()
+    assert isinstance(defense, Ensemble)
+    x, draw = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), Draw(0, torch.arange(2), 5)
+    with torch.no_grad():
+        inner, outer = defense.innermost(x, draw), defense.predictors(x, draw)
+        assert defense.nested
+        assert inner.shape[1] % 3 == 0
+        assert inner.shape[1] > 3
+        for i, (network, part) in enumerate(zip(defense.networks, inner.chunk(3, dim=1), strict=True)):
+            assert isinstance(network, Defense)
+            assert not network.nested
+            torch.testing.assert_close(network.aggregate(part), outer[:, i])
+            torch.testing.assert_close(network.innermost(x, draw), network.predictors(x, draw))
 
 
 def test_nested_ensembles_count_their_leaves_once() -> None:

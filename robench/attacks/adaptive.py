@@ -22,6 +22,7 @@ from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
 from robench.attacks.reweighing import SHARES, reweighed
 from robench.attacks.square import square
+from robench.attacks.transfer import mean_surrogate
 from robench.attacks.views import Declared, Smoothed, StraightThrough
 from robench.defense import Defense
 from robench.errors import UserError
@@ -238,6 +239,8 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
         *(Composition(f"members reweighed, share {share:g}", _reweighed(defense, share), lambda shown: shown) for share in SHARES),
         *(Composition(f"member {number + 1}", _sharp_ce, _member(number)) for number in range(predictors)),
     ] if predictors > 1 else []  # fmt: skip
+    within = partial(_hides_within, defense, seed)
+    inner = [Composition("mean of innermost logits", _sharp_ce, view=mean_surrogate, applies=within)] if defense.nested else []
     frozen = [Composition("mean of logits, fixed noise", _sharp_ce, mean_of_logits, fixed=True)] if defense.random else []
     declared = [Composition("declared surrogate", _margin, view=Declared)] if declares(defense) else []
     if declared and predictors > 1:
@@ -249,7 +252,7 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
     shattered = partial(_is_shattered, defense, threat, seed)
     smooth = Composition("smoothed prediction", _margin, view=lambda d: Smoothed(d, deviation), applies=shattered)
     onward = Composition("onward from the best", _margin, onward=True)
-    first = [mean, *frozen, *direct] if defense.random else [*direct, mean]
+    first = [*inner, mean, *frozen, *direct] if defense.random else [*direct, *inner, mean]
     return [*first, *structure, *declared, *straight, smooth, onward]
 
 
@@ -264,6 +267,14 @@ def _is_no_mean(defense: Defense, seed: int, x: Tensor, _y: Tensor, examples: Te
     """Say where the prediction is another than the mean of the predictors' logits, whose ascent would be the prediction's own."""
     predictors = defense.predictors(x, Draw(seed, examples) if defense.random else None)
     pair = [logits.float().log_softmax(-1) for logits in (defense.aggregate(predictors), mean_of_logits(predictors))]
+    return ((pair[0] - pair[1]).abs() > 1e-3).any(-1)
+
+
+@torch.no_grad()
+def _hides_within(defense: Defense, seed: int, x: Tensor, _y: Tensor, examples: Tensor) -> Tensor:
+    """Say where the mean of the innermost predictors' logits is another than that of the predictors'."""
+    draw = Draw(seed, examples) if defense.random else None
+    pair = [mean_of_logits(logits).float().log_softmax(-1) for logits in (defense.predictors(x, draw), defense.innermost(x, draw))]
     return ((pair[0] - pair[1]).abs() > 1e-3).any(-1)
 
 

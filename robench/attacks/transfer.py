@@ -19,7 +19,7 @@ from robench.threat import ThreatModel
 
 
 class MeanSurrogate(Defense):
-    """A defense's own predictors, combined by the mean of their logits."""
+    """A defense's own innermost predictors, combined by the mean of their logits: a nested aggregation hides gradients as well."""
 
     def __init__(self, defense: Defense) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class MeanSurrogate(Defense):
         self.random = defense.random
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
-        """Return the defense's own predictors' logits: (B, C, H, W) -> (B, N, classes)."""
-        return self.defense.predictors(x, draw)
+        """Return the defense's own innermost predictors' logits: (B, C, H, W) -> (B, M, classes)."""
+        return self.defense.innermost(x, draw)
 
     def aggregate(self, logits: Tensor) -> Tensor:
         """Return the mean of the predictors' logits: (B, N, classes) -> (B, classes)."""
@@ -46,6 +46,10 @@ class PredictorSurrogate(MeanSurrogate):
         super().__init__(defense)
         self.number = number
 
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return the defense's own predictors' logits: (B, C, H, W) -> (B, N, classes)."""
+        return self.defense.predictors(x, draw)
+
     def aggregate(self, logits: Tensor) -> Tensor:
         """Return that predictor's logits: (B, N, classes) -> (B, classes).
 
@@ -58,7 +62,7 @@ class PredictorSurrogate(MeanSurrogate):
 
 
 def mean_surrogate(defense: Defense) -> Defense:
-    """Return the defense with its aggregation replaced by the mean of logits; it shares the weights and the noise."""
+    """Return the defense with every aggregation in it replaced by the mean of logits; it shares the weights and the noise."""
     return MeanSurrogate(defense)
 
 
