@@ -9,7 +9,7 @@ The re-evaluation: "Evaluating the Robustness of the 'Ensemble Everything Everyw
 62 -> 11 % on CIFAR-10 and 48 -> 14 % on CIFAR-100, by transfer from the mean of the heads' logits and averaging over noise.
 
 At cpu scale the stack of resolutions by itself keeps its 13 points over a plain network; what falls is CrossMax's part (the claims
-self-ensembling-adds, crossmax-over-mean and normalisation-over-none).
+self-ensembling-adds, three-beat-one, crossmax-over-mean and normalisation-over-none). Light adversarial training adds what stays.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,10 @@ SMALL_NOISE = (
 UNMASKED = (
     "On digits the adversarially trained one falls further under the direct attack (to 18 %, the other to 27), and under transfer from the "
     "mean both are level (7 and 5): less of what it shows is masking."
+)
+NESTED = (
+    "The CrossMax of each of the three hides its gradient from an attack on their mean. Images made on the mean of all heads of all three "
+    "leave no more of three than of one."
 )
 NEAR = "under the attack on the last one the difference is too near 20 points to tell."
 
@@ -167,7 +171,7 @@ CLAIMS = [
         "Abstract, Table 1; summary, first experiment 3",
         "71.88, one 53.12 (CIFAR-100: 48.16, one 46.29)",
         above(0.05),
-        trials(over(THREE, SELF), cifar100=True),
+        trials(over(THREE, SELF), cifar100=True, smoke=broken(NESTED), cpu=broken(NESTED)),
     ),
     claim(
         "light-adversarial-training-adds",
