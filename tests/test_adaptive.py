@@ -157,15 +157,16 @@ def test_an_honest_model_pays_for_no_view_it_does_not_need() -> None:
 
 
 def test_adaptive_looks_behind_nested_aggregations_where_there_are_some() -> None:
-    def votes(*seeds: int) -> Ensemble:
-        return Ensemble([Network(seed) for seed in seeds], majority_vote)
-
+    """A mean of three votes shows the attacks on its predictors no gradient; some images only the networks behind them give away."""
+    votes = [Ensemble([Network(3 * vote + number) for number in range(3)], majority_vote).eval() for vote in range(3)]
     x = images()
-    for defense, nested in ((votes(0, 1, 2), False), (Ensemble([votes(0, 1, 2), votes(3, 4, 5)], majority_vote), True)):
-        y = predicted(defense.eval(), x)
+    for defense, nested in ((votes[0], False), (Ensemble(votes, mean_of_logits).eval(), True)):
+        y = predicted(defense, x)
         found = run("adaptive,steps=10,queries=1", defense, x, y)
-        assert ("mean of innermost logits" in found.stages) == nested
-        assert (predicted(defense, found.x_adv) != y).float().mean() > 0.9
+        within = [name for name in found.stages if "innermost" in name]
+        assert bool(within) == nested
+        assert (predicted(defense, found.x_adv) != y).all()
+    assert sum(int(found.stages[name].sum()) for name in within) >= 2
 
 
 def test_a_random_defense_keeps_the_image_that_fails_on_most_draws() -> None:

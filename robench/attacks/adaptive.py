@@ -240,7 +240,11 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
         *(Composition(f"member {number + 1}", _sharp_ce, _member(number)) for number in range(predictors)),
     ] if predictors > 1 else []  # fmt: skip
     within = partial(_hides_within, defense, seed)
-    inner = [Composition("mean of innermost logits", _sharp_ce, view=mean_surrogate, applies=within)] if defense.nested else []
+    inner = [
+        Composition("mean of innermost logits", _sharp_ce, view=mean_surrogate, applies=within),
+        Composition("innermost margins", _members_margins, lambda shown: shown, view=mean_surrogate, applies=within),
+        Composition("all innermost towards targets", _all_towards, lambda shown: shown, towards, view=mean_surrogate, applies=within),
+    ] if defense.nested else []  # fmt: skip
     frozen = [Composition("mean of logits, fixed noise", _sharp_ce, mean_of_logits, fixed=True)] if defense.random else []
     declared = [Composition("declared surrogate", _margin, view=Declared)] if declares(defense) else []
     if declared and predictors > 1:
