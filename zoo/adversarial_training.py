@@ -1,6 +1,6 @@
 """The usual ways to train one network adversarially in Linf, to measure ensembles beside: PGD, a single step, TRADES.
 
-Each with or without weight averaging, which is worth several points of robust accuracy at a hundredth of the training's cost.
+Each with or without weight averaging. On digits, six epochs long, averaging is worth nothing that 300 images show.
 """
 
 from dataclasses import replace
