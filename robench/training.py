@@ -191,7 +191,7 @@ class _Run:
 
 def _begin(module: nn.Module, stage: Stage, checkpoint: Path, anew: bool) -> _Run:
     """Return a stage at its beginning, or where its checkpoint left it."""
-    recipe, trained = stage.recipe, _freeze_but(module, stage.trainable)
+    recipe, trained = stage.recipe, freeze_but(module, stage.trainable)
     average = None
     if recipe.averaging:
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
@@ -279,7 +279,7 @@ def _line(history: Sequence[Epoch], recipe: Recipe, speed: float, operations: fl
     return f"{line}; catastrophic overfitting: {last.own:.0%} withstand its own step, {last.strong:.0%} PGD" if last.overfitted else line
 
 
-def _freeze_but(module: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn.Parameter]:
+def freeze_but(module: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """Let only the named parts learn and return the learning parameters by name."""
     prefixes = tuple(f"{name}." for name in trainable) or ("",)
     for name, parameter in module.named_parameters():

@@ -51,7 +51,8 @@ def _seconds_per_epoch(specimen: Specimen, stage: Stage, split: Dataset, device:
     """Return what an epoch of a stage should take: the median of some steps, the first left out, times their number."""
     module = copy.deepcopy(specimen.defense.get_submodule(stage.module))
     layout = training.place(module, device)
-    optimiser = torch.optim.SGD(module.parameters(), lr=0.0)
+    # What is frozen takes no gradient, and no time for one.
+    optimiser = torch.optim.SGD(training.freeze_but(module, stage.trainable).values(), lr=0.0)
     half = training.precision(stage.recipe, device) == "bfloat16"
     few = split.first(min(len(split), (STEPS + 1) * stage.recipe.batch_size))
     images, labels = few.images.to(device), few.labels.to(device)
