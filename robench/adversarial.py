@@ -1,12 +1,13 @@
 """One step of training: the inner attack on a batch, the loss on what it made, and the optimiser's step."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robench import noise
+from robench import folding, noise
 from robench.attacks.steps import steepest
 from robench.defense import Defense, as_defense
 from robench.recipe import InnerAttack, Recipe
@@ -47,7 +48,8 @@ def train_step(
                 _train_mode(module, trainable)
             else:
                 module.eval()
-            images = attack_batch(defense, x, y, recipe.attack, draw)
+            with folding.folded(defense) if folds(recipe, half) else contextlib.nullcontext():
+                images = attack_batch(defense, x, y, recipe.attack, draw)
             if recipe.clean_weight > 0:
                 # One forward for both halves: batch norm then learns the statistics of the mixture it is evaluated with.
                 images, y = torch.cat([images, x]), torch.cat([y, y])
@@ -64,6 +66,11 @@ def train_step(
     loss.backward()
     optimiser.step()
     return loss.detach()
+
+
+def folds(recipe: Recipe, half: bool) -> bool:
+    """Return whether a recipe's inner attack runs with batch norm folded: where float32's last bits are not what is wanted."""
+    return half and recipe.attack is not None and recipe.attack.mode == "evaluation"
 
 
 def losses(defense: Defense, predictors: Tensor, y: Tensor, recipe: Recipe) -> Tensor:

@@ -24,6 +24,7 @@ from robench.errors import OutOfTimeError, UserError
 from robench.estimate import Estimate
 from robench.files import write_atomic
 from robench.fingerprint import state_hash
+from robench.folding import folded
 from robench.noise import Draw
 from robench.record import Record
 from robench.surrogate import declares
@@ -194,6 +195,7 @@ def _key(
         "" if attack.learnt is None else hashlib.sha256(attack.learnt.cpu().numpy().tobytes()).hexdigest(),
         # What earlier versions kept of a random defense lacks the attack's own count.
         *(["counted"] if target.defense.random else []),
+        *(["folded"] if precision == "bfloat16" else []),
         # Logits do not tell of surrogates, which attacks use.
         *(["surrogates"] if declares(target.defense) else []),
     ]  # fmt: skip
@@ -252,7 +254,8 @@ def _adversarial(
     """Attack in the given precision; what fools the defense only in reduced precision is attacked again in float32."""
     if precision == "float32":
         return attack.run(defense, x, y, threat, examples=examples, seed=seed)
-    with torch.autocast(x.device.type, torch.bfloat16):
+    like = Draw(seed, examples[:16]) if defense.random else None
+    with folded(defense, x[:16], like), torch.autocast(x.device.type, torch.bfloat16):
         found = attack.run(defense, x, y, threat, examples=examples, seed=seed)
         x_adv = found.x_adv.float()
         claimed = predictions(defense, x_adv, examples, seed)[0] != y

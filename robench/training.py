@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robench import noise, overfitting, throughput
-from robench.adversarial import train_step
+from robench.adversarial import folds, train_step
 from robench.batches import batches
 from robench.data import Dataset, as_float
 from robench.defense import Defense
@@ -131,7 +131,7 @@ def _memory_format(module: nn.Module, device: str) -> torch.memory_format:
 
 def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str) -> Path:
     """Return the file that keeps what `stage` makes of `module`, in the state it is in now, named by a hash of all that decides it."""
-    recipe = stage.recipe
+    recipe, half = stage.recipe, precision(stage.recipe, device) == "bfloat16"
     identity = json.dumps(
         {
             "version": VERSION,
@@ -142,9 +142,10 @@ def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, 
             "seed": stage.seed,
             "data": dataset.fingerprint,
             "images": len(dataset),
-            "bfloat16": precision(recipe, device) == "bfloat16",
+            "bfloat16": half,
             "device": torch.device(device).type,
-        },
+        }
+        | ({"folded": True} if folds(recipe, half) else {}),
         sort_keys=True,
     )
     return folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"

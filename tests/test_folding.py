@@ -1,0 +1,145 @@
+"""Batch norm folded into the convolution before it: the same logits and input gradients, and everything back in its place after."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robench import zoo
+from robench.defense import Defense
+from robench.fingerprint import state_hash
+from robench.folding import foldable, folded
+from robench.noise import Draw, isolated_generator
+
+
+def network(*more: nn.Module) -> nn.Sequential:
+    """Return a small network in evaluation mode whose batch norm has statistics that are not the default."""
+    with isolated_generator(0):
+        made = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *more, nn.Flatten(), nn.LazyLinear(5))
+        for _ in range(3):
+            made(torch.rand(8, 3, 8, 8))
+    return made.eval()
+
+
+def logits_and_gradient(defense: nn.Module, x: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
+    point = x.clone().requires_grad_()
+    logits = defense(point, draw) if isinstance(defense, Defense) else defense(point)
+    (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), point)
+    return logits.detach(), gradient
+
+
+@pytest.mark.parametrize("name", sorted(zoo.entries()))
+def test_every_defense_computes_the_same(name: str) -> None:
+    defense = zoo.parse(name).build(zoo.Setting("digits", 10, (3, 16, 16), "smoke", 0)).defense
+    with isolated_generator(0):
+        x = torch.rand(4, 3, 16, 16)
+        for module in defense.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()  # type: ignore[union-attr]
+                module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    defense.eval()
+    draw = Draw(0, torch.arange(4)) if defense.random else None
+    usual, before = logits_and_gradient(defense, x, draw), state_hash(defense)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in defense.modules())
+    with folded(defense, x, draw):
+        assert sum(isinstance(module, nn.BatchNorm2d) for module in defense.modules()) < norms
+        alike = logits_and_gradient(defense, x, draw)
+    for own, other in zip(usual, alike, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
+    assert state_hash(defense) == before
+    assert torch.equal(logits_and_gradient(defense, x, draw)[0], usual[0])
+
+
+def test_everything_is_back_after_an_error() -> None:
+    made = network()
+    usual = made[1]
+
+    def fail() -> None:
+        with folded(made):
+            assert isinstance(made[1], nn.Identity)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert made[1] is usual
+
+
+def test_a_batch_norm_in_training_mode_stays() -> None:
+    made = network().train()
+    with folded(made):
+        assert isinstance(made[1], nn.BatchNorm2d)
+
+
+class Branching(nn.Module):
+    """The convolution's output is used beside the batch norm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        total: Tensor = (out + self.norm(out)).mean((2, 3))
+        return total
+
+
+class Twice(Branching):
+    """The pair is used on two inputs; the batch norm of one is another's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = (self.norm(self.conv(x)) + self.norm(x.mean(1, keepdim=True).repeat(1, 4, 1, 1)[:, :, 1:-1, 1:-1])).mean((2, 3))
+        return total
+
+
+class Untraceable(Branching):
+    """What torch.fx cannot follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.conv(x)).mean((2, 3))
+        return out if float(out.detach().sum()) > 0 else -out
+
+
+@pytest.mark.parametrize("kind", [Branching, Twice, Untraceable])
+def test_what_cannot_be_folded_is_left(kind: type[Branching]) -> None:
+    made = kind().eval()
+    assert foldable(made) == ()
+    with folded(made):
+        assert isinstance(made.norm, nn.BatchNorm2d)
+
+
+class Tapped(Defense):
+    """A defense that reads the convolution's output from outside the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        found = list[Tensor]()
+        handle = self.network[0].register_forward_hook(lambda _m, _i, out: found.append(out))
+        logits: Tensor = self.network(x)
+        handle.remove()
+        return torch.stack([logits, found[0].flatten(1)[:, :5]], dim=1)
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return logits.mean(1)
+
+    def members(self) -> list[nn.Module]:
+        return [self.network]
+
+
+def test_folding_that_changes_the_logits_is_undone() -> None:
+    defense, x = Tapped().eval(), torch.rand(4, 3, 8, 8)
+    usual = defense(x)
+    with folded(defense):
+        assert not torch.allclose(defense(x), usual)
+    with folded(defense, x):
+        assert torch.equal(defense(x), usual)
+
+
+def test_a_copy_folds_on_its_own() -> None:
+    made = network()
+    other = copy.deepcopy(made)
+    with folded(made):
+        assert isinstance(other[1], nn.BatchNorm2d)
