@@ -11,6 +11,7 @@ import argparse
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from tabulate import tabulate
@@ -19,6 +20,7 @@ from robench import attacks, data, record, targets, workbench, zoo
 from robench.errors import UserError
 from robench.evaluation import measure
 from robench.files import cache_folder, write_atomic
+from robench.recipe import Precision
 from robench.record import Record
 from robench.threat import ThreatModel
 
@@ -53,8 +55,13 @@ def rows(reference: Record, made: Record) -> list[str]:
     ]  # fmt: skip
 
 
-def compare(dataset: str, names: list[str] | None, contenders: list[str], n: int, cache: Path) -> list[list[str]]:
-    """Train what is not trained, attack each defense by the reference and every contender, and return the table's lines."""
+def compare(
+    dataset: str, names: list[str] | None, contenders: list[str], n: int, cache: Path, precision: Precision = "float32"
+) -> list[list[str]]:
+    """Train what is not trained, attack each defense by the reference and every contender, and return the table's lines.
+
+    The contenders attack in `precision`; the reference in float32, as it is published.
+    """
     split = data.load(dataset, "test").first(n)
     table = []
     for name, text in SUBJECTS[dataset]:
@@ -65,7 +72,7 @@ def compare(dataset: str, names: list[str] | None, contenders: list[str], n: int
         reference = "pyautoattack-rand" if target.defense.random else "pyautoattack"
         random = {"autoattack": "autoattack-rand"} if target.defense.random else {}
         made = [
-            measure(target, split, threat, attacks.parse(attack), scale=scale, cache=cache, progress=print)
+            measure(target, split, threat, attacks.parse(attack), scale=scale, precision=precision, cache=cache, progress=print)
             for attack in (reference, *(random.get(attack, attack) for attack in contenders))
         ]
         table += [rows(made[0], one) for one in made]
@@ -79,18 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--defense", action="append", help="only this one; repeatable")
     parser.add_argument("--attack", action="append", help=f"beside the reference; repeatable (default {', '.join(ATTACKS)})")
     parser.add_argument("--n", type=int, default=200, help="test examples (default 200)")
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="of robench's attacks (default float32)")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        table = compare(options.dataset, options.defense, options.attack or list(ATTACKS), options.n, cache_folder())
+        table = compare(options.dataset, options.defense, options.attack or list(ATTACKS), options.n, cache_folder(), options.precision)
     except UserError as error:
         raise SystemExit(f"benchmarks: error: {error}") from error
     source = record.provenance("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     text = tabulate(table, headers=HEADERS, tablefmt="github", disable_numparse=True)
-    text += f"\n\n{options.dataset}, the first {options.n} test images; one thread; {source.processor}; {versions}; {platform.system()}; "
-    text += f"commit {source.commit}\n"
+    text += f"\n\n{options.dataset}, the first {options.n} test images; robench in {options.precision}, one thread; "
+    text += f"{source.processor}; {versions}; {platform.system()}; commit {source.commit}\n"
     print(text)
     if options.out:
         write_atomic(options.out, text)

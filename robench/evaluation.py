@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from robench.files import write_atomic
 from robench.fingerprint import state_hash
 from robench.folding import folded
 from robench.noise import Draw
+from robench.recipe import Precision
 from robench.record import Record
 from robench.surrogate import declares
 from robench.targets import Target
@@ -34,7 +35,6 @@ from robench.threat import ThreatModel
 SCORING_DRAWS = 10
 """Fresh draws that score a random defense."""
 
-Precision = Literal["float32", "bfloat16"]
 Progress = Callable[[str], None]
 T = TypeVar("T")
 

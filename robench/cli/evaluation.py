@@ -25,7 +25,7 @@ from robench.files import cache_folder, write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from robench.evaluation import Precision
+    from robench.recipe import Precision
     from robench.zoo import Scale
 
 
