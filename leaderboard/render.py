@@ -1,4 +1,4 @@
-"""Writes from records the README's tables (the demo's verdicts, the CIFAR-10 leaderboard and verdicts) and the page of paper 1.
+"""Writes from records the README's tables (the demo's verdicts, the CIFAR-10 leaderboard and verdicts), the page of paper 1 and the zoo's.
 
 python leaderboard/render.py [--check]
 """
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import ensemble_everything
+import zoo_page
 from tabulate import tabulate
 
 from robench import leaderboard, record, verdicts
@@ -57,15 +58,20 @@ def written(readme: str, blocks: dict[str, str]) -> str:
 
 def main() -> None:
     """Rewrite them, or with --check fail if the committed records say otherwise."""
-    path, page, figures = ROOT / "README.md", ROOT / "leaderboard" / "ensemble_everything.md", ROOT / "leaderboard" / "figures"
-    before, records = path.read_text(), record.load_folder(ROOT / "leaderboard" / "records")
-    text = ensemble_everything.page(records)
+    path, board = ROOT / "README.md", ROOT / "leaderboard"
+    before, records, figures = path.read_text(), record.load_folder(board / "records"), board / "figures"
+    pages = {
+        board / "ensemble_everything.md": ensemble_everything.page(records),
+        board / "zoo.md": zoo_page.page(records, zoo_page.load_diagnoses(board / "doctor")),
+    }
     if "--check" in sys.argv:
-        stale = [p.name for p, now in ((path, written(before, cifar10_blocks())), (page, text)) if not p.exists() or p.read_text() != now]
+        wanted = {path: written(before, cifar10_blocks()), **pages}
+        stale = [p.name for p, now in wanted.items() if not p.exists() or p.read_text() != now]
         raise SystemExit(f"{' and '.join(stale)}: not what the records say; run make readme" if stale else 0)
     demo = ROOT / "robench-demo"
     path.write_text(written(before, cifar10_blocks() | demo_block(demo)))
-    page.write_text(text)
+    for page, text in pages.items():
+        page.write_text(text)
     figures.mkdir(exist_ok=True)
     ensemble_everything.draw_figures(records, figures)
     shutil.copyfile(demo / "accuracy_against_epsilon.png", figures / "demo.png")

@@ -339,11 +339,7 @@ def _record(
     clean_estimate, robust_estimate = (Estimate.of(correct.mean(0), dataset=dataset.fingerprint) for correct in (clean, robust))
     return Record(
         schema_version=1,
-        defense=record.DefenseInfo(
-            name=target.name, version=target.version, origin=target.origin, paper=target.paper, random=defense.random,
-            members=len(defense.members()), parameters=sum(p.numel() for p in defense.parameters()),
-            weights_sha256=state_hash(defense), training_seed=target.training_seed,
-        ),
+        defense=defense_info(target),
         dataset=record.DatasetInfo(
             name=dataset.name, split=dataset.split, fingerprint=dataset.fingerprint, n=n, classes=len(dataset.classes)
         ),
@@ -363,6 +359,16 @@ def _record(
         partial=partial,
         provenance=record.provenance(device),
         timing=record.Timing(created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(sum(c.seconds for c in chunks), 3)),
+    )  # fmt: skip
+
+
+def defense_info(target: Target) -> record.DefenseInfo:
+    """Return what a record says of the defense."""
+    defense = target.defense
+    return record.DefenseInfo(
+        name=target.name, version=target.version, origin=target.origin, paper=target.paper, random=defense.random,
+        members=len(defense.members()), parameters=sum(p.numel() for p in defense.parameters()),
+        weights_sha256=state_hash(defense), training_seed=target.training_seed,
     )  # fmt: skip
 
 

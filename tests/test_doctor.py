@@ -334,6 +334,9 @@ def test_the_command_shows_every_finding_and_ends_with_0_for_an_honest_model(rob
     assert "models.py:honest within Linf:48/255: unbounded" in result.stderr
     content = json.loads((tmp_path / "out" / "findings.json").read_text())
     assert (content["verdict"], content["decided_by"], content["seed"], content["n"]) == ("no sign of masking", [], 3, 30)
+    assert (content["defense"]["name"], content["scale"]) == ("models.py:honest", "smoke")
+    assert len(content["defense"]["weights_sha256"]) == 64
+    assert content["provenance"]["device"] == "cpu"
     assert content["clean_accuracy"].keys() == {"value", "low", "high", "n"}
     assert len(content["findings"]) == len(doctor.CHECKS) + 3
     for finding in content["findings"]:

@@ -128,7 +128,7 @@ def doctor(
     examples = split.first(min(len(split), doctor.EXAMPLES) if n is None else n)
     with console.progress() as progress:
         resolved = targets.resolve(target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress)
-        diagnosis = doctor.examine(resolved, examples, within, seed=seed, device=device, progress=progress)
+        diagnosis = doctor.examine(resolved, examples, within, seed=seed, device=device, scale=scale, progress=progress)
     if json_path:
         write_atomic(json_path, doctor.as_json(diagnosis))
     if to_stdout:

@@ -12,14 +12,16 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from robench import console
+from robench import console, record
 from robench.data import Dataset
 from robench.doctor import attack_checks, contract_checks, gradient_checks
 from robench.doctor.examination import Examination
 from robench.doctor.finding import Finding
 from robench.errors import UserError
 from robench.estimate import Estimate
+from robench.evaluation import defense_info
 from robench.noise import isolated_generator
+from robench.record import DefenseInfo, Provenance, Scale
 from robench.targets import Target
 from robench.threat import ThreatModel
 
@@ -44,24 +46,28 @@ class Diagnosis:
     """What the doctor found.
 
     Attributes:
-        name: the defense's full name.
+        defense: the defense, as a record describes it.
         dataset: the data set's name.
         threat: the threat model.
+        scale: of the computation.
         n: the examples asked for; the checks are on those classified right.
         seed: of the doctor's attacks.
         findings: one for each check, in order.
         clean_accuracy: on all `n` examples.
         robust_accuracy: on all `n`, under the strongest of the attacks that the checks ran: an upper bound, and a loose one.
+        provenance: the source, versions and hardware.
     """
 
-    name: str
+    defense: DefenseInfo
     dataset: str
     threat: ThreatModel
+    scale: Scale
     n: int
     seed: int
     findings: tuple[Finding, ...]
     clean_accuracy: Estimate
     robust_accuracy: Estimate
+    provenance: Provenance
 
     @property
     def decided_by(self) -> tuple[str, ...]:
@@ -82,6 +88,7 @@ def examine(
     seed: int = 0,
     device: str = "cpu",
     batch_size: int = 100,
+    scale: Scale = "cpu",
     progress: Progress = lambda _line: None,
 ) -> Diagnosis:
     """Look for signs that a defense's gradients are masked; the target's modules are put in evaluation mode.
@@ -96,6 +103,7 @@ def examine(
         seed: of attacks, draws and directions.
         device: ``cpu`` or ``cuda``.
         batch_size: examples that go through the defense together.
+        scale: what the diagnosis says of the computation's scale.
         progress: is told a line as each check and attack begins.
 
     Raises:
@@ -116,7 +124,8 @@ def examine(
             told(check.__name__.replace("_", " "))
             findings.append(check(patient))
     return Diagnosis(
-        target.name, dataset.name, threat, len(dataset), seed, tuple(findings), patient.clean, patient.strongest()
+        defense_info(target), dataset.name, threat, scale, len(dataset), seed, tuple(findings), patient.clean, patient.strongest(),
+        record.provenance(device),
     )  # fmt: skip
 
 
@@ -155,7 +164,7 @@ def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     """Return the names and values that a diagnosis's reader wants first."""
     because = f": {', '.join(diagnosis.decided_by)}" if diagnosis.decided_by else ""
     return [
-        ("defense", diagnosis.name),
+        ("defense", diagnosis.defense.name),
         ("data", f"{diagnosis.dataset}, first {diagnosis.n}, {diagnosis.threat}, seed {diagnosis.seed}"),
         ("clean accuracy", str(diagnosis.clean_accuracy)),
         ("robust accuracy", f"≤ {diagnosis.robust_accuracy} under the doctor's own attacks"),
@@ -174,9 +183,11 @@ def as_json(diagnosis: Diagnosis) -> str:
         return {name: value if math.isfinite(value) else None for name, value in finding.values.items()}
 
     content: dict[str, Any] = {
-        "defense": diagnosis.name, "dataset": diagnosis.dataset, "threat": str(diagnosis.threat), "n": diagnosis.n,
-        "seed": diagnosis.seed, "verdict": diagnosis.verdict, "decided_by": diagnosis.decided_by,
+        "defense": diagnosis.defense.model_dump(), "dataset": diagnosis.dataset, "threat": str(diagnosis.threat),
+        "scale": diagnosis.scale, "n": diagnosis.n, "seed": diagnosis.seed,
+        "verdict": diagnosis.verdict, "decided_by": diagnosis.decided_by,
         "clean_accuracy": share(diagnosis.clean_accuracy), "robust_accuracy": share(diagnosis.robust_accuracy),
         "findings": [asdict(finding) | {"values": finite(finding)} for finding in diagnosis.findings],
+        "provenance": diagnosis.provenance.model_dump(),
     }  # fmt: skip
     return json.dumps(content, indent=1) + "\n"
