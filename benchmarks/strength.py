@@ -16,12 +16,15 @@ from typing import get_args
 import torch
 from tabulate import tabulate
 
+from benchmarks import decoys
+from benchmarks.decoy_defenses import DECOYS
 from robench import attacks, data, record, targets, workbench, zoo
 from robench.errors import UserError
 from robench.evaluation import measure
 from robench.files import cache_folder, write_atomic
 from robench.recipe import Precision
 from robench.record import Record
+from robench.targets import Target
 from robench.threat import ThreatModel
 
 SUBJECTS = {
@@ -33,10 +36,10 @@ SUBJECTS = {
     "cifar10": (
         ("natural", "Linf:8/255"), ("single_adv", "Linf:8/255"), ("separate2_adv", "Linf:8/255"), ("ensemble2_adv", "Linf:8/255"),
         ("robust,eps=0.5", "L2:0.5"), ("robust_average,k=4,eps=0.22", "L2:0.5"), ("composite", "L2:0.5"),
-        ("multires_self_ensemble", "Linf:8/255"),
+        ("saturated_logits", "Linf:8/255"), ("quantised_input", "Linf:8/255"), ("multires_self_ensemble", "Linf:8/255"),
     ),
 }  # fmt: skip
-"""Defenses by data set, each with the threat model it is attacked within."""
+"""Defenses by data set, of the zoo or decoys on its natural network, each with the threat model it is attacked within."""
 ATTACKS = ("fast", "adaptive", "autoattack")
 HEADERS = ("defense", "threat", "attack", "clean", "robust", "standing here only", "standing there only", "passes per image",
            "of the reference", "seconds", "speed-up")  # fmt: skip
@@ -56,11 +59,11 @@ def rows(reference: Record, made: Record) -> list[str]:
 
 
 def compare(
-    dataset: str, names: list[str] | None, contenders: list[str], n: int, cache: Path, precision: Precision = "float32"
+    dataset: str, names: list[str] | None, contenders: list[str], n: int, cache: Path, precision: Precision, batch_size: int
 ) -> list[list[str]]:
     """Train what is not trained, attack each defense by the reference and every contender, and return the table's lines.
 
-    The contenders attack in `precision`; the reference in float32, as it is published.
+    The contenders attack in `precision`, `batch_size` images together; the reference in float32 and 250 together, as it is published.
     """
     split = data.load(dataset, "test").first(n)
     table = []
@@ -68,15 +71,27 @@ def compare(
         if names and name not in names:
             continue
         threat, scale = ThreatModel.parse(text), workbench.default_scale(dataset)
-        target = targets.trained(zoo.parse(name), split, scale=scale, cache=cache)
-        reference = "pyautoattack-rand" if target.defense.random else "pyautoattack"
+        if name in DECOYS:
+            (decoy,) = decoys.cases(split, scale, cache, [name])
+            target = Target(decoy.defense, decoy.name)
+        else:
+            target = targets.trained(zoo.parse(name), split, scale=scale, cache=cache)
+        reference = ("pyautoattack-rand" if target.defense.random else "pyautoattack") + ",batch_size=250"
         random = {"autoattack": "autoattack-rand"} if target.defense.random else {}
         made = [
-            measure(target, split, threat, attacks.parse(attack), scale=scale, precision=precision, cache=cache, progress=print)
+            measure(
+                target, split, threat, attacks.parse(attack), scale=scale, precision=precision, batch_size=batch_size, cache=cache,
+                progress=told,
+            )
             for attack in (reference, *(random.get(attack, attack) for attack in contenders))
-        ]
+        ]  # fmt: skip
         table += [rows(made[0], one) for one in made]
     return table
+
+
+def told(line: str) -> None:
+    """Show what was done of a long run at once."""
+    print(line, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,17 +102,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--attack", action="append", help=f"beside the reference; repeatable (default {', '.join(ATTACKS)})")
     parser.add_argument("--n", type=int, default=200, help="test examples (default 200)")
     parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="of robench's attacks (default float32)")
+    parser.add_argument("--batch-size", type=int, default=500, help="images that robench attacks together (default 500)")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        table = compare(options.dataset, options.defense, options.attack or list(ATTACKS), options.n, cache_folder(), options.precision)
+        table = compare(
+            options.dataset,
+            options.defense,
+            options.attack or list(ATTACKS),
+            options.n,
+            cache_folder(),
+            options.precision,
+            options.batch_size,
+        )
     except UserError as error:
         raise SystemExit(f"benchmarks: error: {error}") from error
     source = record.provenance("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     text = tabulate(table, headers=HEADERS, tablefmt="github", disable_numparse=True)
-    text += f"\n\n{options.dataset}, the first {options.n} test images; robench in {options.precision}, one thread; "
+    text += f"\n\n{options.dataset}, the first {options.n} test images; robench in {options.precision}, "
+    text += f"{options.batch_size} images together, pyautoattack in float32, 250 together; one thread; "
     text += f"{source.processor}; {versions}; {platform.system()}; commit {source.commit}\n"
     print(text)
     if options.out:
