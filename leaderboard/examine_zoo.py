@@ -31,7 +31,9 @@ def main(dataset: str = "digits") -> None:
     torch.set_num_threads(1)
     split, scale = data.load(dataset, "test"), workbench.default_scale(dataset)
     setting, examples = targets.setting_for(split, scale, seed=0), split.first(min(len(split), doctor.EXAMPLES))
-    for name in zoo.entries():
+    for name, entry in zoo.entries().items():
+        if entry.alias_of:
+            continue
         threat = threat_for(name, setting)
         path = FOLDER / f"{dataset}_{name.replace('_', '-')}.json"
         if path.exists():
