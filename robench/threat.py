@@ -90,7 +90,7 @@ class ThreatModel:
                 but leaves budget unspent.
         """
         if self.norm == "Linf":
-            return x_adv.clamp(x - self.epsilon, x + self.epsilon).clamp(0, 1)
+            return x_adv.clamp(x - self.epsilon, x + self.epsilon).clamp_(0, 1)
         delta, low, high = (x_adv - x).flatten(1), -x.flatten(1), 1 - x.flatten(1)
         meet = self._meet_l2(delta, low, high, rounds) if self.norm == "L2" else self._meet_l1(delta, low, high)
         return (x + meet.reshape(x.shape)).clamp(0, 1)

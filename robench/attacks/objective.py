@@ -75,7 +75,9 @@ def evaluate_point(
     """
     numbers = numbers if defense.random else range(1)
     point = x.detach().requires_grad_(gradient)
-    loss, total, wrong = torch.zeros(len(x), device=x.device), torch.zeros_like(x), []
+    loss, wrong = torch.zeros(len(x), device=x.device), []
+    # Of one draw nothing is added or divided: that would read the images' whole gradient twice more.
+    total: Tensor | None = None
     for number in numbers:
         with torch.set_grad_enabled(gradient):
             draw = Draw(seed, examples, number) if defense.random else None
@@ -86,10 +88,12 @@ def evaluate_point(
                 logits, seen = defense.aggregate(predictors.detach()), guide(predictors)
             each = objective(seen)
         if gradient:
-            total += image_gradient(each, point)
+            own = image_gradient(each, point)
+            total = own.contiguous() if total is None else total.add_(own)
         loss += each.detach().float()
         wrong.append(logits.detach().argmax(1) != y)
-    return Point(loss / len(numbers), total / len(numbers), torch.stack(wrong))
+    mean = x.new_zeros(()).expand_as(x) if total is None else total if len(numbers) == 1 else total / len(numbers)
+    return Point(loss / len(numbers), mean, torch.stack(wrong))
 
 
 @torch.no_grad()
