@@ -8,6 +8,7 @@ the decoy itself, however well its gradient is hidden, need leave more. `-` stan
 """
 
 import argparse
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.decoy_defenses import DECOYS, honest
-from robench import attacks, data, doctor, targets, zoo
+from robench import attacks, data, doctor, record, targets, zoo
 from robench.attacks import Attack, mean_surrogate
 from robench.data import Dataset, as_float
 from robench.defense import Defense
@@ -31,6 +32,10 @@ from robench.threat import ThreatModel
 TRUTH = ("apgd-ce,steps=50", "apgd-t,steps=50,targets=3", "pgd-50", "pgd-50,loss=margin")
 """Attacks on the undefended networks. PGD goes on after the border is crossed, which APGD does not, and so transfers better."""
 
+HELD_OUT = (
+    "held out: not used to make the doctor's thresholds or the attacks, except that the doctor counts a late rise of the loss only where "
+    "many examples stand since k_winners was seen"
+)
 ATTACKS = ("pyautoattack", "pyautoattack-rand", "square", "fast", "adaptive")
 RANDOM_ONLY = ("pyautoattack-rand", "autoattack-rand")
 DETERMINISTIC_ONLY = ("pyautoattack", "autoattack")
@@ -155,6 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     headers = ["defense", "clean", "truth", *names, "doctor's attacks", "doctor's verdict", "because of"]
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
     print(f"\naccuracies in %; {dataset.name}, first {len(dataset)}, scale {chosen.scale}, {threat}, seed {chosen.seed}")
+    print(HELD_OUT)
+    source = record.provenance("cpu")
+    versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
+    print(f"{source.processor}; {versions}; {platform.system()}\ncommit {source.commit}")
     return 0
 
 
