@@ -2,12 +2,14 @@
 
 import sys
 
-from benchmarks import decoys, overhead, stack, strength, training
+from benchmarks import decoys, engine, overhead, stack, strength, training
 
 
 def main() -> int:
-    """Print what iterations, the stack and training cost, the attacks beside the reference, and what sees through decoys."""
+    """Print what iterations, AutoAttack, the stack and training cost, attacks beside the reference, and what sees through decoys."""
     overhead.main()
+    print()
+    engine.main([])
     print()
     stack.main()
     print()
