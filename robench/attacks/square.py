@@ -211,29 +211,28 @@ def _corner(uniform: Tensor, length: int, size: int) -> Tensor:
     return (uniform * (length - size + 1)).long()[:, None]
 
 
+def _window(numbers: Tensor, k: int, size: int, shape: torch.Size) -> Tensor:
+    """Return the places (B, C, size * size) in each channel of a window whose corner numbers `k` and `k + 1` of (B, ...) determine."""
+    batch, channels, height, width = shape
+    across = torch.arange(size, device=numbers.device)
+    rows, columns = _corner(numbers[:, k], height, size) + across, _corner(numbers[:, k + 1], width, size) + across
+    places = rows[:, :, None] * width + columns[:, None, :]
+    return places.flatten(1)[:, None].expand(batch, channels, size * size)
+
+
 def _with_square(search: _Search, numbers: Tensor, size: int) -> Tensor:
     """Set one window to the edge of the Linf ball, the same edge all over it in one channel."""
-    height, width = search.x.shape[2:]
-    rows, columns = (
-        torch.arange(length, device=numbers.device) - _corner(numbers[:, k], length, size) for k, length in enumerate((height, width))
-    )
-    window = ((rows >= 0) & (rows < size))[:, None, :, None] & ((columns >= 0) & (columns < size))[:, None, None, :]
-    edge = torch.where(numbers[:, 5:, None, None] < 0.5, search.low, search.high)
-    return torch.where(window, edge, search.x_best)
+    window = _window(numbers, 0, size, search.x.shape)
+    low, high = (edge.flatten(2).gather(2, window) for edge in (search.low, search.high))
+    chosen = torch.where(numbers[:, 5:, None] < 0.5, low, high)
+    return search.x_best.flatten(2).scatter(2, window, chosen).reshape(search.x.shape)
 
 
 def _with_moved_window(search: _Search, numbers: Tensor, one: Tensor, threat: ThreatModel) -> Tensor:
     """Move the perturbation in one window, and the budget not spent, to another, where it takes on the pattern (Algorithm 3)."""
-    (batch, channels, height, width), size = search.x.shape, len(one)
+    channels, size = search.x.shape[1], len(one)
     delta = (search.x_best - search.x).flatten(2)
-
-    def window(k: int) -> Tensor:
-        across = torch.arange(size, device=numbers.device)
-        rows, columns = _corner(numbers[:, k], height, size) + across, _corner(numbers[:, k + 1], width, size) + across
-        places = rows[:, :, None] * width + columns[:, None, :]
-        return places.flatten(1)[:, None].expand(batch, channels, size * size)
-
-    first, second = window(0), window(2)
+    first, second = (_window(numbers, k, size, search.x.shape) for k in (0, 2))
     values, emptied = delta.gather(2, first), delta.scatter(2, first, 0.0)
     here, there, whole = (_size(part, threat.norm) for part in (values, emptied.gather(2, second), delta.flatten(1)))
     whole = whole[:, :, None]
