@@ -174,7 +174,8 @@ def to_hyperplane(x: Tensor, normal: Tensor, needed: Tensor, norm: Norm) -> Tens
     # In units of the largest weight, so that squares of small gradients do not vanish.
     normal = normal * (needed.sign()[:, None] / torch.where(largest > 0, largest, 1))
     amount = (needed.abs()[:, None] / torch.where(largest > 0, largest, torch.inf)).clamp(max=2.0 * x.shape[1])
-    weight, room = normal.abs(), torch.where(normal > 0, 1 - x, x)
+    # 1 - x where the normal is positive, else x.
+    weight, room = normal.abs(), torch.gt(normal, 0, out=torch.empty_like(x)).sub_(x).abs_()
     if norm == "L1":
         return normal.sign() * _fill(weight, room, amount)
     slope, limit = (weight, room) if norm == "Linf" else (weight**2, room / weight.clamp(min=1e-30))
@@ -188,10 +189,11 @@ def _raise_together(slope: Tensor, limit: Tensor, amount: Tensor, most: int = 10
     The product is concave and piecewise linear in t, so Newton's method from 0 never passes the solution and ends on its piece,
     in a few rounds; it costs less than sorting the limits.
     """
-    t = torch.zeros_like(amount)
+    t, below = torch.zeros_like(amount), torch.empty_like(slope)
     for count in range(most):
-        free = slope.masked_fill(limit <= t, 0)
-        reached, rate = (slope * limit.clamp(max=t)).sum(1, keepdim=True), free.sum(1, keepdim=True)
+        # Written as numbers: on the CPU a mask of bools takes several times as long.
+        torch.gt(limit, t, out=below)
+        reached, rate = (slope * limit.clamp(max=t)).sum(1, keepdim=True), (slope * below).sum(1, keepdim=True)
         grown = torch.where(rate > 0, t + (amount - reached).clamp(min=0) / rate.clamp(min=1e-30), t)
         # Asked rarely: on a GPU the answer has to be waited for.
         if count % 4 == 3 and bool((grown <= t * (1 + 1e-6)).all()):
