@@ -12,7 +12,7 @@ from robench.aggregate import majority_vote, mean_of_logits
 from robench.attacks.adaptive import compositions
 from robench.attacks.views import Declared
 from robench.data import as_float
-from robench.defense import Defense, Ensemble, as_defense
+from robench.defense import Defense, Ensemble, Plain, as_defense
 from robench.errors import UserError
 from robench.evaluation import measure
 from robench.noise import Draw, normal
@@ -76,7 +76,8 @@ def undeclared(networks: list[nn.Module]) -> Defense:
 def test_an_attack_is_stronger_with_the_surrogate_that_is_declared(networks: list[nn.Module], name: str) -> None:
     split = data.load("digits", "test").first(40)
     silent, open_ = (
-        measure(of_module(defense), split, LINF, attacks.parse(name))
+        # One module each: a network that can be attacked without its palette needs nobody's word.
+        measure(of_module(Plain(defense)), split, LINF, attacks.parse(name))
         for defense in (undeclared(networks), DECOYS["palette"].build(networks))
     )
     assert open_.outcomes.clean == silent.outcomes.clean
@@ -101,26 +102,38 @@ def test_a_useless_surrogate_takes_nothing_from_an_attack(networks: list[nn.Modu
     assert sum(lost[0].outcomes.robust) <= sum(lost[1].outcomes.robust)
 
 
+class Stepped(nn.Module):
+    """A network behind a step that takes the noise too."""
+
+    def __init__(self, network: nn.Module, step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.step = step
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.step(x, noise))
+        return logits
+
+
 class Noisy(Defense):
-    """A random network on looked-up pixels; the step takes the noise too."""
+    """A random network on looked-up pixels, which cannot be attacked without them."""
 
     random = True
 
     def __init__(self, network: nn.Module, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
         super().__init__()
-        self.network = network
-        self.step = wrap(lambda x, noise: rounded((x + noise).clamp(0, 1)))
+        self.stepped = Stepped(network, wrap(lambda x, noise: rounded((x + noise).clamp(0, 1))))
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
         assert draw is not None
-        logits: Tensor = self.network(self.step(x, 0.05 * normal(draw, "noise", tuple(x.shape[1:]))))
+        logits: Tensor = self.stepped(x, 0.05 * normal(draw, "noise", tuple(x.shape[1:])))
         return logits[:, None]
 
     def aggregate(self, logits: Tensor) -> Tensor:
         return logits[:, 0]
 
     def members(self) -> list[nn.Module]:
-        return [self.network]
+        return [self.stepped]
 
 
 @pytest.mark.parametrize("name", ["fast,steps=5", "adaptive,steps=5,draws=2,queries=20,targets=1"])
@@ -135,7 +148,7 @@ def test_a_random_defenses_surrogate_is_used_too(networks: list[nn.Module], name
 
 
 def test_a_defense_that_declares_nothing_is_attacked_as_before(networks: list[nn.Module]) -> None:
-    names = [c.name for c in compositions(as_defense(networks[0]), 1, 1, LINF, 0.1, 0)]
+    names = [c.name for c in compositions(as_defense(networks[0]), 1, 1, LINF, 0.1, 0, None)]
     assert not [name for name in names if "declared" in name]
-    names = [c.name for c in compositions(Ensemble(networks, Substitute(majority_vote, mean_of_logits)), 3, 1, LINF, 0.1, 0)]
+    names = [c.name for c in compositions(Ensemble(networks, Substitute(majority_vote, mean_of_logits)), 3, 1, LINF, 0.1, 0, None)]
     assert [name for name in names if "declared" in name] == ["declared surrogate", "declared surrogate, mean of logits"]

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from robench.aggregate import mean_of_logits, mean_of_probabilities
 from robench.attacks.ascent import Plan, TargetedLoss, ascend
+from robench.attacks.bare import bare
 from robench.attacks.fast import fast
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
@@ -49,6 +50,7 @@ class Composition:
         fixed: whether a random defense's draws stay the same at every step.
         view: what is differentiated in the defense's place.
         onward: starts from the best image so far, instead of a random one.
+        stops: whether it stops at the first image that fools what is attacked (the view, if there is one).
         applies: says for which examples (B,) it is worth its passes; all by default.
     """
 
@@ -59,10 +61,11 @@ class Composition:
     fixed: bool = False
     view: Callable[[Defense], Defense] = lambda defense: defense
     onward: bool = False
+    stops: bool = True
     applies: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
-@register("adaptive", version=2, paper="arXiv 2002.08347, 2211.08008")
+@register("adaptive", version=3, paper="arXiv 2002.08347, 2211.08008")
 def adaptive(
     defense: Defense,
     x: Tensor,
@@ -96,7 +99,7 @@ def adaptive(
         best.see("fast", index, images)
     best.stages.setdefault("fast", torch.zeros_like(best.pending))
     deviation = SMOOTHING * threat.epsilon / {"Linf": 1, "L2": values**0.5, "L1": values}[threat.norm]
-    for composition in compositions(defense, best.predictors, min(targets, best.classes - 1), threat, deviation, seed):
+    for composition in compositions(defense, best.predictors, min(targets, best.classes - 1), threat, deviation, seed, bare(defense, x)):
         _run(composition, next(run) * max(targets, 1), defense, x, threat, best, seed, steps, draws)
     index = best.pending.nonzero()[:, 0]
     if queries and len(index):
@@ -112,7 +115,7 @@ def _run(
     held, before, y, examples = best.pending.clone(), best.x_adv.clone(), best.y, best.examples
     if composition.applies is not None and bool(held.any()):
         held[best.pending] = composition.applies(x[held], y[held], examples[held])
-    plan = Plan(composition.loss, steps, draws, guide=composition.guide, fixed=composition.fixed)
+    plan = Plan(composition.loss, steps, draws, guide=composition.guide, fixed=composition.fixed, stops=composition.stops)
     for rank in range(composition.targets):
         index = (held & best.pending).nonzero()[:, 0]
         if len(index):
@@ -218,7 +221,9 @@ def _member(number: int) -> Guide:
     return lambda predictors: predictors[:, number]
 
 
-def compositions(defense: Defense, predictors: int, towards: int, threat: ThreatModel, deviation: float, seed: int) -> list[Composition]:
+def compositions(
+    defense: Defense, predictors: int, towards: int, threat: ThreatModel, deviation: float, seed: int, networks: Defense | None
+) -> list[Composition]:
     """Return the compositions in the order they are run, the likeliest to break the defense first.
 
     Args:
@@ -228,6 +233,7 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
         threat: the threat model.
         deviation: of the noise that smooths a shattered gradient, in units of the pixel range.
         seed: the attack's seed.
+        networks: the members by themselves, where that is something else.
     """
     direct = [Composition("prediction", _ce), Composition("prediction towards targets", _towards, targets=towards)]
     # The aggregation of one predictor may hide its gradient too, as a softmax does.
@@ -253,11 +259,16 @@ def compositions(defense: Defense, predictors: int, towards: int, threat: Threat
     straight = [Composition("straight-through prediction", _margin, view=StraightThrough, applies=flat)]
     if predictors > 1:
         straight.append(Composition("straight-through mean of logits", _margin, mean_of_logits, view=StraightThrough, applies=flat))
+    # What just fools the networks need not fool what stands before them, so these ascents go on beyond.
+    alone = [
+        Composition("bare networks", _margin, view=lambda _defense: networks, stops=False),
+        Composition("bare networks towards targets", _towards, targets=towards, view=lambda _defense: networks, stops=False),
+    ] if networks is not None else []  # fmt: skip
     shattered = partial(_is_shattered, defense, threat, seed)
     smooth = Composition("smoothed prediction", _margin, view=lambda d: Smoothed(d, deviation), applies=shattered)
     onward = Composition("onward from the best", _margin, onward=True)
     first = [*inner, mean, *frozen, *direct] if defense.random else [*direct, *inner, mean]
-    return [*first, *structure, *declared, *straight, smooth, onward]
+    return [*first, *structure, *declared, *straight, *alone, smooth, onward]
 
 
 def _gradient(defense: Defense, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robench.aggregate import mean_of_logits
 from robench.attacks.ascent import Plan, ascend
+from robench.attacks.bare import bare
 from robench.attacks.objective import Guide, evaluate_point, image_gradient
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
@@ -29,7 +30,7 @@ TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
 """Which examples are attacked towards how many targets with how many steps: the last tier whose reach is not exceeded counts."""
 ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
 """Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
-STAGES = ("margin", "mean of logits", "targets", "onward", "straight-through", "square")
+STAGES = ("margin", "mean of logits", "targets", "onward", "straight-through", "bare networks", "square")
 DECLARED = "declared surrogate"
 """A stage of the defenses that declare one."""
 JUDGING = range(2**30, 2**30 + 10)
@@ -42,7 +43,7 @@ SUSPECT, NEAR = 0.5, Fraction(1, 16)
 almost linear: one that keeps less than half of it has a gradient that misleads."""
 
 
-@register("fast", version=1, paper="arXiv 2003.01690, 2206.07314, 2203.05154")
+@register("fast", version=2, paper="arXiv 2003.01690, 2206.07314, 2203.05154")
 def fast(
     defense: Defense,
     x: Tensor,
@@ -60,9 +61,9 @@ def fast(
     First `steps` on the margin of the prediction (and, where predictors are combined by anything but their mean, of the mean of
     their logits); then towards target classes in the order of their estimated distance, for the examples within reach; then
     onward from the best image, for those in close reach. Where the gradient leads nowhere, it is that of the surrogates which the
-    defense declares, then made straight-through; where that does not help, or the gradient misleads, Square spends `queries`. A
-    random defense is attacked on all examples, by the first ascents, one through declared surrogates and one onward, with `draws`
-    at each step.
+    defense declares, then made straight-through. Member networks that the predictors hide (`bare`) are attacked by themselves. Where
+    the gradient still leads nowhere, or misleads, Square spends `queries`. A random defense is attacked on all examples, by the
+    first ascents, one through declared surrogates and one onward, with `draws` at each step.
 
     Args beyond every attack's: `steps`, `draws`, `queries`.
 
@@ -94,6 +95,9 @@ def fast(
     if declares(defense):
         search.ascend(DECLARED, search.standing & masked, 2 * steps, view=Declared)
     search.ascend("straight-through", search.standing & masked, 2 * steps, view=StraightThrough)
+    if (networks := bare(defense, x)) is not None:
+        # What just fools the networks need not fool what stands before them, so the ascent goes on beyond.
+        search.ascend("bare networks", search.standing, 2 * steps, view=lambda _defense: networks, stops=False)
     index = (search.standing & (masked | misled)).nonzero()[:, 0]
     if queries and len(index):
         x_adv = square(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=queries)
@@ -157,6 +161,7 @@ class _Search:
         guide: Guide | None = None,
         onward: float | None = None,
         view: Callable[[Defense], Defense] = lambda defense: defense,
+        stops: bool = True,
     ) -> None:
         """Ascend for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first step."""
         self.runs += 1
@@ -165,7 +170,7 @@ class _Search:
             return
         x, y, examples = self.x[index], self.y[index], self.examples[index]
         loss = _untargeted if target is None else _targeted
-        plan = Plan(loss, steps, self.draws, guide=guide, first_step=2.0 if onward is None else onward)
+        plan = Plan(loss, steps, self.draws, guide=guide, first_step=2.0 if onward is None else onward, stops=stops)
         start = self.best[index] if onward is not None else self.threat.random_start(x, examples, self.seed, f"start/fast/{self.runs}")
         goal = (self.goal if target is None else target)[index]
         # A run's number keeps its draws apart from those of every shorter or longer run.
