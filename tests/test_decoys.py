@@ -143,7 +143,7 @@ def test_the_table_has_a_row_for_each_and_leaves_out_what_is_not_registered(run:
     assert lines[0] == [header.replace(":", ",") for header in headers.split(", ")]
     rows = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
     assert list(rows) == ["natural", "hard_vote", "steep_staircase (held out)"]
-    assert rows["natural"]["doctor's verdict"] == "no sign of masking"
+    assert rows["natural"]["doctor's verdict"] == "not robust"
     assert rows["natural"]["truth"] == rows["natural"]["doctor's attacks"] == "0"
     assert rows["hard_vote"]["doctor's verdict"] == "likely an artefact"
     assert int(rows["hard_vote"]["apgd-ce,steps=5"]) > 50

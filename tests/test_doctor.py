@@ -91,8 +91,16 @@ class Noisy(Defense):
 def test_honest_models_get_no_flag(examine: Examine, linear_network: nn.Module, networks: list[nn.Module], threat: str) -> None:
     for module in (linear_network, networks[0]):
         diagnosis = examine(module, ThreatModel.parse(threat))
-        assert diagnosis.verdict == "no sign of masking"
+        assert diagnosis.verdict != "likely an artefact"
         assert [finding.check for finding in diagnosis.findings if finding.flagged] == []
+
+
+def test_what_falls_to_the_doctor_itself_is_called_not_robust(examine: Examine, linear_network: nn.Module) -> None:
+    """A linear model's robust accuracy falls with the budget to 0; one answer to every image has a tenth."""
+    diagnoses = [examine(linear_network, ThreatModel.parse(threat)) for threat in ("L2:0.5", "L2:3")]
+    assert [diagnosis.robust_accuracy.value > 0.1 for diagnosis in diagnoses] == [True, False]
+    assert [diagnosis.verdict for diagnosis in diagnoses] == ["no sign of masking", "not robust"]
+    assert diagnoses[1].decided_by == ()
 
 
 def test_honest_ensembles_and_random_defenses_are_no_artefacts(examine: Examine, networks: list[nn.Module]) -> None:

@@ -28,7 +28,7 @@ from robench.threat import ThreatModel
 EXAMPLES = 100
 """Test examples by default: enough to tell 10 points apart, few enough to take a minute."""
 
-Verdict = Literal["likely an artefact", "no sign of masking"]
+Verdict = Literal["likely an artefact", "not robust", "no sign of masking"]
 Progress = Callable[[str], None]
 
 CHECKS: tuple[Callable[[Examination], Finding], ...] = (
@@ -52,6 +52,7 @@ class Diagnosis:
         scale: of the computation.
         n: the examples asked for; the checks are on those classified right.
         seed: of the doctor's attacks.
+        classes: of the data set.
         findings: one for each check, in order.
         clean_accuracy: on all `n` examples.
         robust_accuracy: on all `n`, under the strongest of the attacks that the checks ran: an upper bound, and a loose one.
@@ -64,6 +65,7 @@ class Diagnosis:
     scale: Scale
     n: int
     seed: int
+    classes: int
     findings: tuple[Finding, ...]
     clean_accuracy: Estimate
     robust_accuracy: Estimate
@@ -76,8 +78,12 @@ class Diagnosis:
 
     @property
     def verdict(self) -> Verdict:
-        """``likely an artefact`` where a decisive check is flagged."""
-        return "likely an artefact" if self.decided_by else "no sign of masking"
+        """``likely an artefact`` where a decisive check is flagged, else ``not robust`` where the doctor's own attacks leave no more
+        than is right with one answer to every image.
+        """
+        if self.decided_by:
+            return "likely an artefact"
+        return "not robust" if self.robust_accuracy.value <= 1 / self.classes else "no sign of masking"
 
 
 def examine(
@@ -124,8 +130,8 @@ def examine(
             told(check.__name__.replace("_", " "))
             findings.append(check(patient))
     return Diagnosis(
-        defense_info(target), dataset.name, threat, scale, len(dataset), seed, tuple(findings), patient.clean, patient.strongest(),
-        record.provenance(device),
+        defense_info(target), dataset.name, threat, scale, len(dataset), seed, len(dataset.classes), tuple(findings), patient.clean,
+        patient.strongest(), record.provenance(device),
     )  # fmt: skip
 
 
@@ -184,7 +190,7 @@ def as_json(diagnosis: Diagnosis) -> str:
 
     content: dict[str, Any] = {
         "defense": diagnosis.defense.model_dump(), "dataset": diagnosis.dataset, "threat": str(diagnosis.threat),
-        "scale": diagnosis.scale, "n": diagnosis.n, "seed": diagnosis.seed,
+        "scale": diagnosis.scale, "n": diagnosis.n, "seed": diagnosis.seed, "classes": diagnosis.classes,
         "verdict": diagnosis.verdict, "decided_by": diagnosis.decided_by,
         "clean_accuracy": share(diagnosis.clean_accuracy), "robust_accuracy": share(diagnosis.robust_accuracy),
         "findings": [asdict(finding) | {"values": finite(finding)} for finding in diagnosis.findings],
