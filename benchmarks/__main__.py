@@ -1,23 +1,35 @@
-"""All benchmarks in their short form, one after the other; each has a longer one of its own (``python -m benchmarks.NAME --help``)."""
+"""All benchmarks, one after the other: in their short form, under ten minutes, or in full, a day; each can be run by itself as well.
 
+python -m benchmarks [--full]
+"""
+
+import argparse
 import sys
+from collections.abc import Sequence
 
 from benchmarks import decoys, engine, overhead, stack, strength, training
 
+SHORT_STRENGTH = ["--n", "20"]
+FULL_STRENGTH = ["--dataset", "cifar10", "--attack", "autoattack", "--attack", "fast", "--precision", "bfloat16", "--n", "1000"]
+SHORT_DECOYS = ["--n", "30", "--attacks", "fast", "adaptive"]
 
-def main() -> int:
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print what iterations, AutoAttack, the stack and training cost, attacks beside the reference, and what sees through decoys."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="all steps, queries, attacks and examples")
+    full = parser.parse_args(arguments).full
     overhead.main()
     print()
-    engine.main([])
+    engine.main(["--full"] if full else [])
     print()
     stack.main()
     print()
-    training.main([])
+    training.main(["--equal"] if full else [])
     print()
-    strength.main(["--n", "20"])
+    strength.main(FULL_STRENGTH if full else SHORT_STRENGTH)
     print()
-    return decoys.main(["--n", "30", "--attacks", "fast", "adaptive"])
+    return decoys.main([] if full else SHORT_DECOYS)
 
 
 if __name__ == "__main__":
