@@ -1,7 +1,7 @@
 """Cost: image-forwards and image-backwards, counted at the members (K members x M draws of one image count K * M)."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ class Cost:
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
-    return [tensor for item in output for tensor in _tensors(item)] if isinstance(output, list | tuple) else []
+    parts = list(output.values()) if isinstance(output, Mapping) else output
+    return [tensor for item in parts for tensor in _tensors(item)] if isinstance(parts, list | tuple) else []
 
 
 @contextlib.contextmanager
@@ -33,8 +34,9 @@ def counted(defense: Defense) -> Iterator[Cost]:
     """Count the passes of the defense's members inside the block; the hooks are gone after it."""
     cost = Cost()
 
-    def after_forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        images = len(inputs[0])
+    def after_forward(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        given = _tensors([*inputs, *named.values()])
+        images = len(given[0]) if given else 0
         cost.forwards += images
 
         def on_backward(_gradient: Tensor) -> None:
@@ -44,7 +46,8 @@ def counted(defense: Defense) -> Iterator[Cost]:
         if tensors := [tensor for tensor in _tensors(output) if tensor.requires_grad]:
             torch.autograd.graph.register_multi_grad_hook(tensors, on_backward, mode="any")
 
-    handles = [member.register_forward_hook(after_forward) for member in defense.members()]
+    # A network that is a member twice counts at each of its forwards, once.
+    handles = [member.register_forward_hook(after_forward, with_kwargs=True) for member in dict.fromkeys(defense.members())]
     try:
         yield cost
     finally:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,10 @@ from torch.nn import functional
 
 from robench import attacks, losses
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
-from robench.attacks.objective import evaluate_point
+from robench.attacks.adaptive import compositions
+from robench.attacks.ascent import Plan, ascend
+from robench.attacks.objective import evaluate_point, image_gradient
+from robench.attacks.transfer import mean_surrogate
 from robench.attacks.views import Smoothed, StraightThrough
 from robench.cost import counted
 from robench.defense import Defense, Ensemble, as_defense
@@ -170,6 +174,23 @@ def test_adaptive_looks_behind_nested_aggregations_where_there_are_some() -> Non
     assert sum(int(found.stages[name].sum()) for name in within) >= 2
 
 
+def test_an_ascent_on_a_surrogate_that_is_fooled_goes_on() -> None:
+    """To fool the mean of the innermost logits is not to fool the vote of votes: where the defense stands, the search is not over."""
+    votes = [Ensemble([Network(3 * vote + number) for number in range(3)], majority_vote).eval() for vote in range(3)]
+    defense, x = Ensemble(votes, majority_vote).eval(), images()
+    surrogate, y = mean_surrogate(defense), predicted(defense, x)
+    margins = []
+    for composition in compositions(defense, 3, 1, THREAT, 0.0, 0, None):
+        if composition.view is mean_surrogate:
+            plan = Plan(lambda logits, y, _: losses.margin(logits, y), 30, stops=composition.stops)
+            x_adv = ascend(plan, 0, surrogate, x, y, y, THREAT, x, IDS, 0)
+            margins.append(losses.margin(surrogate(x_adv), y).detach())
+    far = ascend(Plan(lambda logits, y, _: losses.margin(logits, y), 30, stops=False), 0, surrogate, x, y, y, THREAT, x, IDS, 0)
+    assert len(margins) == 3
+    assert (losses.margin(surrogate(far), y) > 1).all()
+    assert all(torch.equal(found, losses.margin(surrogate(far), y)) for found in margins)
+
+
 def test_a_random_defense_keeps_the_image_that_fails_on_most_draws() -> None:
     defense, x, judges = Noisy().eval(), images(), range(2**20, 2**20 + 40)
 
@@ -281,6 +302,30 @@ def test_a_view_sees_what_the_defense_does(kind: str) -> None:
         assert torch.equal(view(x.clone().requires_grad_()), defense(x))
         assert torch.equal(Smoothed(defense, 0.0)(x, Draw(0, IDS)), defense(x))
     assert view.members() == defense.members()
+
+
+STRANGE: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "numpy": (lambda x: torch.from_numpy(x.detach().cpu().numpy().round()), False),
+    "numpy's asarray": (lambda x: torch.from_numpy(numpy.asarray(x.detach()).round()), False),
+    "detached and written to": (lambda x: x.detach().mul_(1.0), True),
+    "detached, without gradient": (lambda x: x.detach().requires_grad_(False) * 1.0, True),
+    "compared by name": (lambda x: torch.gt(x, other=torch.tensor(0.5)).float(), True),
+    "asked for what only a leaf has": (lambda x: x.detach() if x.detach().is_leaf else 1 / 0, False),
+}
+"""Steps that are at odds with tensors that keep a gradient, and whether one comes through all the same."""
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_straight_through_survives_what_a_defense_does_with_its_tensors(kind: str) -> None:
+    step, passes = STRANGE[kind]
+    defense, x = as_defense(Wrapped(before=step)).eval(), images()
+    kept, point = x.clone(), x.clone().requires_grad_()
+    through = StraightThrough(defense)(point)
+    assert torch.equal(through, defense(x))
+    assert torch.equal(point.detach(), kept)
+    assert bool(image_gradient(through.square().sum(1), point).any()) == passes
+    found = run("adaptive,steps=5,queries=20", defense, x, predicted(defense, x))
+    assert THREAT.violation(found.x_adv, x) is None
 
 
 def test_straight_through_is_the_identitys_gradient_and_ends_with_the_pass() -> None:

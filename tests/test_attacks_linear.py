@@ -241,3 +241,51 @@ def test_apgd_is_algorithm_1(text: str, reach: float, rho: float) -> None:
         z = threat.project(points[k] + eta * ascend(points[k])[1], x)
         points.append(threat.project(points[k] + 0.75 * (z - points[k]) + 0.25 * (points[k] - points[k - 1]), x))
     torch.testing.assert_close(x_adv, best, rtol=0, atol=1e-5)
+
+
+class Spoilt(Linear):
+    """The same logits; the first values' gradients come back as NaN and infinity."""
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(_context, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(_context, gradient: Tensor) -> Tensor:
+            spoilt = gradient.clone()
+            spoilt.flatten(1)[:, :2] = torch.tensor([torch.nan, torch.inf])
+            return spoilt
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.Spoil.apply(x))
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd-20", "pgd-adam-20", "apgd-ce,steps=20", "fab-t,steps=20", "fast", "adaptive,steps=20"])
+@pytest.mark.parametrize("threat", ["Linf:0.1", "L2:1", "L1:3"])
+def test_values_whose_gradient_is_not_finite_do_not_end_the_search(name: str, threat: str) -> None:
+    direction, x = direction_and_images()
+    within, examples = ThreatModel.parse(threat), torch.arange(len(x))
+    gain = optimal_gain(direction, x, within)
+    # Three quarters of what is within reach: without two of its 126 values a gradient still gets there.
+    defenses = [
+        Ensemble([kind(direction, float(((x - 0.5).flatten(1) @ direction + 0.75 * gain).min()))], mean_of_logits).eval()
+        for kind in (Linear, Spoilt)
+    ]
+    y = torch.zeros(len(x), dtype=torch.long)
+    left = []
+    for defense in defenses:
+        x_adv = attacks.parse(name)(defense, x, y, within, examples=examples, seed=0)
+        assert within.violation(x_adv, x) is None
+        left.append(int((defense(x_adv).argmax(1) == y).sum()))
+    assert left[1] <= left[0] < len(x)
+
+
+@pytest.mark.parametrize("name", ["pgd-5", "apgd-ce,steps=5", "fab-t,steps=5", "fast", "adaptive,steps=5"])
+def test_gradients_that_a_caller_turned_off_are_turned_on(name: str) -> None:
+    direction, x = direction_and_images()
+    defense, y = Ensemble([Linear(direction, 0.5)], mean_of_logits).eval(), torch.zeros(len(x), dtype=torch.long)
+    arguments = (defense, x, y, ThreatModel.parse("Linf:0.1"))
+    wanted = attacks.parse(name)(*arguments, examples=torch.arange(len(x)), seed=0)
+    with torch.no_grad():
+        assert torch.equal(attacks.parse(name)(*arguments, examples=torch.arange(len(x)), seed=0), wanted)

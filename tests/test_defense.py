@@ -212,6 +212,42 @@ def test_forwards_alone_are_counted_without_gradients() -> None:
     assert count(ensemble, lambda: ensemble(x.requires_grad_(True))) == (14, 0)
 
 
+def test_a_network_that_is_a_member_twice_counts_at_each_forward_once() -> None:
+    shared, x = network(0), images(5).requires_grad_(True)
+    ensemble = Ensemble([shared, shared], mean_of_logits)
+    assert count(ensemble, lambda: torch.autograd.grad(ensemble(x).sum(), x)) == (10, 10)
+
+
+class Named(Defense):
+    """A network that takes its images by name and returns its logits by name."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network(0)
+
+        def forward(self, *, pixels: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.inner(pixels)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = self.Network()
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        return self.network(pixels=x)["logits"][:, None]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    def members(self) -> list[nn.Module]:
+        return [self.network]
+
+
+def test_what_goes_in_and_comes_out_by_name_is_counted() -> None:
+    defense, x = Named(), images(5).requires_grad_(True)
+    assert count(defense, lambda: torch.autograd.grad(defense(x).sum(), x)) == (5, 5)
+
+
 def test_a_vote_lets_nothing_back() -> None:
     ensemble, x = Ensemble([network(0), network(1)], majority_vote), images(3)
     assert not ensemble(x.requires_grad_(True)).requires_grad

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -381,3 +382,9 @@ def test_the_command_ends_with_2_and_one_line_for_bad_input(
     (line,) = result.stderr.splitlines()
     assert line.startswith("robench: error: ")
     assert message in line
+
+
+def test_one_class_is_refused_in_one_line(digits: Dataset) -> None:
+    dataset = replace(digits.first(8), labels=torch.zeros(8, dtype=torch.long), classes=("all",))
+    with pytest.raises(UserError, match="at least 2 classes"):
+        doctor.examine(targets.of_module(nn.Sequential(nn.Flatten(), nn.Linear(3, 1)), "one"), dataset, LINF)

@@ -50,7 +50,7 @@ class Composition:
         fixed: whether a random defense's draws stay the same at every step.
         view: what is differentiated in the defense's place.
         onward: starts from the best image so far, instead of a random one.
-        stops: whether it stops at the first image that fools what is attacked (the view, if there is one).
+        stops: whether it stops at the first image that fools what is attacked; not where the view answers otherwise than the defense.
         applies: says for which examples (B,) it is worth its passes; all by default.
     """
 
@@ -233,7 +233,7 @@ def compositions(
         threat: the threat model.
         deviation: of the noise that smooths a shattered gradient, in units of the pixel range.
         seed: the attack's seed.
-        networks: the members by themselves, where that is something else.
+        networks: the defense with its members' gradient straight to the image, where that is another.
     """
     direct = [Composition("prediction", _ce), Composition("prediction towards targets", _towards, targets=towards)]
     # The aggregation of one predictor may hide its gradient too, as a softmax does.
@@ -247,9 +247,11 @@ def compositions(
     ] if predictors > 1 else []  # fmt: skip
     within = partial(_hides_within, defense, seed)
     inner = [
-        Composition("mean of innermost logits", _sharp_ce, view=mean_surrogate, applies=within),
-        Composition("innermost margins", _members_margins, lambda shown: shown, view=mean_surrogate, applies=within),
-        Composition("all innermost towards targets", _all_towards, lambda shown: shown, towards, view=mean_surrogate, applies=within),
+        Composition("mean of innermost logits", _sharp_ce, view=mean_surrogate, stops=False, applies=within),
+        Composition("innermost margins", _members_margins, lambda shown: shown, view=mean_surrogate, stops=False, applies=within),
+        Composition(
+            "all innermost towards targets", _all_towards, lambda shown: shown, towards, view=mean_surrogate, stops=False, applies=within
+        ),
     ] if defense.nested else []  # fmt: skip
     frozen = [Composition("mean of logits, fixed noise", _sharp_ce, mean_of_logits, fixed=True)] if defense.random else []
     declared = [Composition("declared surrogate", _margin, view=Declared)] if declares(defense) else []
@@ -259,10 +261,9 @@ def compositions(
     straight = [Composition("straight-through prediction", _margin, view=StraightThrough, applies=flat)]
     if predictors > 1:
         straight.append(Composition("straight-through mean of logits", _margin, mean_of_logits, view=StraightThrough, applies=flat))
-    # What just fools the networks need not fool what stands before them, so these ascents go on beyond.
     alone = [
-        Composition("bare networks", _margin, view=lambda _defense: networks, stops=False),
-        Composition("bare networks towards targets", _towards, targets=towards, view=lambda _defense: networks, stops=False),
+        Composition("bare networks", _margin, mean_of_logits, view=lambda _defense: networks),
+        Composition("bare networks towards targets", _towards, mean_of_logits, towards, view=lambda _defense: networks),
     ] if networks is not None else []  # fmt: skip
     shattered = partial(_is_shattered, defense, threat, seed)
     smooth = Composition("smoothed prediction", _margin, view=lambda d: Smoothed(d, deviation), applies=shattered)

@@ -1,89 +1,75 @@
-"""A defense's member networks on the image itself: what is left when the defense is taken away.
+"""A defense whose member networks are attacked as if nothing stood between them and the image.
 
-Adversarial examples of the undefended network often fool the defended one, however its gradient is hidden (Tramer et al., arXiv
-2002.08347, on attacks that transfer).
+A step before a network that hides its gradient, in whatever way, is passed over on the way back: the networks see what the defense
+gives them, and their gradient goes straight to the image (BPDA with the identity for all that the defense does before its members;
+Athalye et al., arXiv 1802.00420, section 4.1).
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robench import noise
-from robench.aggregate import mean_of_logits
 from robench.attacks.objective import image_gradient
-from robench.attacks.transfer import mean_surrogate
+from robench.attacks.views import View
 from robench.defense import Defense
-from robench.noise import Draw, isolated_generator
+from robench.noise import Draw
+from robench.surrogate import identity_gradient
 
 PROBES = 2
 """Images of noise on which gradients are compared."""
-ALIKE = 1e-3
-"""Gradients that differ by less than this share of their length are taken for the same."""
+ALIKE = 0.9
+"""Gradients whose cosine is at least this are taken for the same: scaling or normalising the image hides nothing."""
 
 
-class Bare(Defense):
-    """Networks without what a defense puts before, between and behind them, combined by the mean of their logits.
+class Bare(View):
+    """The defense, with the gradient of every member that is given a tensor of the images' shape taken straight to the images.
 
-    Args:
-        networks: modules from images to logits (B, classes). What they draw themselves is the same each time.
+    Outputs are the defense's own.
     """
 
-    def __init__(self, networks: list[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
-        """Return the networks' logits: (B, C, H, W) -> (B, N, classes)."""
-        with isolated_generator(0, x.device):
-            return torch.stack([network(x) for network in self.networks], dim=1)
-
-    def aggregate(self, logits: Tensor) -> Tensor:
-        """Return the mean of the networks' logits: (B, N, classes) -> (B, classes)."""
-        return mean_of_logits(logits)
-
-    def members(self) -> list[nn.Module]:
-        """Return the networks."""
-        return list(self.networks)
+        """Return the defense's own predictors' logits (B, N, classes), with the gradient of its members at what they are given."""
+        with _straight_to(x, self.defense.members()):
+            return self.defense.predictors(x, draw)
 
 
 def bare(defense: Defense, like: Tensor) -> Bare | None:
-    """Return the defense's networks by themselves, or None where there is nothing to gain by attacking them.
+    """Return the defense as `Bare`, or None where its own gradient points the same way, so that there is nothing to gain.
 
-    They are the members that are given images of the shape of `like` (B, C, H, W) and return as many logits as the defense. Nothing
-    is to be gained where their mean has the gradient of the predictors' mean, as in every ensemble that hides nothing.
+    Two images of noise of the shape of `like` (B, C, H, W) are looked at, so that it does not depend on the images attacked.
     """
-    examples = torch.arange(PROBES, device=like.device)
+    examples, found = torch.arange(PROBES, device=like.device), Bare(defense)
     probe = noise.uniform(Draw(0, examples), "bare networks", tuple(like.shape[1:])).to(like)
-    draw = Draw(0, examples) if defense.random else None
-    surrogate, networks = mean_surrogate(defense), _taking_images(defense, probe, draw)
-    if not networks:
-        return None
-    found = Bare(networks)
-    own, without = (_gradient(model, probe, draw) for model in (surrogate, found))
-    return found if bool((own - without).norm() > ALIKE * without.norm()) else None
+    own, straight = (_gradient(model, probe, Draw(0, examples) if defense.random else None) for model in (defense, found))
+    apart = functional.cosine_similarity(own, straight, eps=1e-30) < ALIKE
+    return found if bool((apart & (straight != 0).any(1)).any()) else None
 
 
-@torch.no_grad()
-def _taking_images(defense: Defense, probe: Tensor, draw: Draw | None) -> list[nn.Module]:
-    """Return the members, each once, that the defense gives images of the probe's shape, for as many logits as its own."""
-    shapes: dict[nn.Module, set[tuple[Any, Any]]] = {member: set() for member in defense.members()}
+@contextlib.contextmanager
+def _straight_to(x: Tensor, members: list[nn.Module]) -> Iterator[None]:
+    """Let members see what they are given inside the block, and send the gradient by it to `x`, where shapes allow."""
 
-    def note(member: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        shapes[member].add((getattr(given[0], "shape", None) if len(given) == 1 else None, getattr(output, "shape", None)))
+    def bypass(_member: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (given and isinstance(given[0], Tensor) and given[0].shape == x.shape and given[0].is_floating_point()):
+            return None
+        return (identity_gradient(x, given[0].detach()), *given[1:])
 
-    handles = [member.register_forward_hook(note) for member in shapes]
+    handles = [member.register_forward_pre_hook(bypass) for member in dict.fromkeys(members)]
     try:
-        logits = defense.predictors(probe, draw)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    wanted = {(probe.shape, torch.Size((len(probe), logits.shape[-1])))}
-    return [member for member, seen in shapes.items() if seen == wanted]
 
 
+@torch.enable_grad()
 def _gradient(model: Defense, probe: Tensor, draw: Draw | None) -> Tensor:
-    """Return the gradient (B, C, H, W) of the spread of the mean logits over the classes."""
+    """Return the gradient (B, D) of the spread over the classes of the mean of the predictors' logits."""
     point = probe.clone().requires_grad_()
-    logits = model(point, draw).float()
-    return image_gradient(logits.var(1), point)
+    logits = model.predictors(point, draw).float().mean(1)
+    return image_gradient(logits.var(1), point).flatten(1)

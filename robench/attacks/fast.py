@@ -58,12 +58,12 @@ def fast(
 ) -> Found:
     """Attack with about a thirtieth of AutoAttack's passes; the robust accuracy is an upper bound as that of any attack.
 
-    First `steps` on the margin of the prediction (and, where predictors are combined by anything but their mean, of the mean of
-    their logits); then towards target classes in the order of their estimated distance, for the examples within reach; then
-    onward from the best image, for those in close reach. Where the gradient leads nowhere, it is that of the surrogates which the
-    defense declares, then made straight-through. Member networks that the predictors hide (`bare`) are attacked by themselves. Where
-    the gradient still leads nowhere, or misleads, Square spends `queries`. A random defense is attacked on all examples, by the
-    first ascents, one through declared surrogates and one onward, with `draws` at each step.
+    First `steps` on the margin of the prediction (and, where predictors are combined by anything but their mean, of the mean of their
+    logits); then towards target classes in the order of their estimated distance, for the examples within reach; then onward from the
+    best image, for those in close reach. Where the gradient leads nowhere, it is that of the surrogates which the defense declares, then
+    made straight-through. Where the defense hides its member networks, their own gradient is taken (`bare`). Where it still leads
+    nowhere, or misleads, Square spends `queries`. A random defense is attacked on all examples, by the first ascents, one through
+    declared surrogates and one onward, with `draws` at each step.
 
     Args beyond every attack's: `steps`, `draws`, `queries`.
 
@@ -96,8 +96,7 @@ def fast(
         search.ascend(DECLARED, search.standing & masked, 2 * steps, view=Declared)
     search.ascend("straight-through", search.standing & masked, 2 * steps, view=StraightThrough)
     if (networks := bare(defense, x)) is not None:
-        # What just fools the networks need not fool what stands before them, so the ascent goes on beyond.
-        search.ascend("bare networks", search.standing, 2 * steps, view=lambda _defense: networks, stops=False)
+        search.ascend("bare networks", search.standing, 2 * steps, guide=mean_of_logits, view=lambda _defense: networks)
     index = (search.standing & (masked | misled)).nonzero()[:, 0]
     if queries and len(index):
         x_adv = square(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=queries)
@@ -161,7 +160,6 @@ class _Search:
         guide: Guide | None = None,
         onward: float | None = None,
         view: Callable[[Defense], Defense] = lambda defense: defense,
-        stops: bool = True,
     ) -> None:
         """Ascend for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first step."""
         self.runs += 1
@@ -170,7 +168,7 @@ class _Search:
             return
         x, y, examples = self.x[index], self.y[index], self.examples[index]
         loss = _untargeted if target is None else _targeted
-        plan = Plan(loss, steps, self.draws, guide=guide, first_step=2.0 if onward is None else onward, stops=stops)
+        plan = Plan(loss, steps, self.draws, guide=guide, first_step=2.0 if onward is None else onward)
         start = self.best[index] if onward is not None else self.threat.random_start(x, examples, self.seed, f"start/fast/{self.runs}")
         goal = (self.goal if target is None else target)[index]
         # A run's number keeps its draws apart from those of every shorter or longer run.

@@ -57,6 +57,7 @@ def evaluate_point(
     numbers: range,
     gradient: bool = True,
     guide: Guide | None = None,
+    as_is: bool = False,
 ) -> Point:
     """Evaluate the objective and its gradient at images `x`, averaged over the noise draws of these numbers.
 
@@ -72,6 +73,7 @@ def evaluate_point(
         numbers: which draws.
         gradient: whether the gradient is wanted.
         guide: what the objective sees; the defense's logits by default. `Point.fooled` is always the defense's own.
+        as_is: leaves a gradient's values that are not finite as they are.
     """
     numbers = numbers if defense.random else range(1)
     point = x.detach().requires_grad_(gradient)
@@ -88,7 +90,7 @@ def evaluate_point(
                 logits, seen = defense.aggregate(predictors.detach()), guide(predictors)
             each = objective(seen)
         if gradient:
-            own = image_gradient(each, point)
+            own = image_gradient(each, point, as_is=as_is)
             total = own.contiguous() if total is None else total.add_(own)
         loss += each.detach().float()
         wrong.append(logits.detach().argmax(1) != y)
@@ -104,12 +106,17 @@ def mean_logits(defense: Defense, x: Tensor, *, examples: Tensor, seed: int, num
     return torch.stack(each).mean(0)
 
 
-def image_gradient(each: Tensor, point: Tensor, keep_graph: bool = False) -> Tensor:
-    """Return the gradient of the summed losses (B,) in the images; zeros where they do not depend differentiably on them."""
+def image_gradient(each: Tensor, point: Tensor, *, keep_graph: bool = False, as_is: bool = False) -> Tensor:
+    """Return the gradient of the summed losses (B,) in the images; zeros where they do not depend differentiably on them.
+
+    One value that is not finite would end every later step, so it counts as zero, unless the gradient is wanted `as_is`.
+    """
     if not each.requires_grad:
         return torch.zeros_like(point)
     (gradient,) = torch.autograd.grad(each.sum(), point, allow_unused=True, retain_graph=keep_graph)
-    return torch.zeros_like(point) if gradient is None else gradient.detach()
+    if gradient is None:
+        return torch.zeros_like(point)
+    return gradient.detach() if as_is else gradient.detach().nan_to_num(0, 0, 0)
 
 
 @contextlib.contextmanager

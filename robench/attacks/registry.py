@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from robench import plugins
@@ -78,7 +79,8 @@ class Attack:
         """Return the attack with what it learns from training images `x` (N, C, H, W) with labels `y`; itself if it learns nothing."""
         if self.apply is None:
             return self
-        learnt = self.function(defense, x, y, threat, seed=seed, **self.parameters)
+        with torch.enable_grad():
+            learnt = self.function(defense, x, y, threat, seed=seed, **self.parameters)
         return replace(self, learnt=learnt if isinstance(learnt, Tensor) else learnt.x_adv)
 
     def __call__(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int) -> Tensor:
@@ -100,7 +102,9 @@ class Attack:
             if self.learnt is None:
                 raise UserError(f"attack {self.name!r} has to be fitted on training images first (Attack.fitted)")
             return Found(self.apply(x, threat, self.learnt))
-        found = self.function(defense, x, y, threat, examples=examples, seed=seed, **self.parameters)
+        # A caller may have turned gradients off.
+        with torch.enable_grad():
+            found = self.function(defense, x, y, threat, examples=examples, seed=seed, **self.parameters)
         return Found(found) if isinstance(found, Tensor) else found
 
 

@@ -12,11 +12,12 @@ from torch.overrides import TorchFunctionMode
 
 from robench import noise
 from robench.defense import Defense
+from robench.errors import UserError
 from robench.noise import Draw
 from robench.surrogate import active, identity_gradient
 
 
-class _View(Defense):
+class View(Defense):
     """Another way through the same defense; it shares the weights."""
 
     def __init__(self, defense: Defense) -> None:
@@ -37,22 +38,21 @@ class _View(Defense):
         return self.defense.members()
 
 
-class StraightThrough(_View):
+class StraightThrough(View):
     """The defense with a gradient through every step that has none: the identity's through rounding, signs and detached tensors,
     a sigmoid's through comparisons that are made numbers.
 
-    Outputs are the defense's own. Steps that replace their input in place are left as they are.
+    Outputs are the defense's own. Steps that replace their input in place are left as they are, and so is a defense that cannot be
+    run like this.
     """
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the predictors' logits (B, N, classes), differentiable where rounding had cut the gradient."""
-        with _IdentityGradients():
-            return self.defense.predictors(x, draw)
+        return _straight_through(self.defense.predictors, x, draw)
 
     def aggregate(self, logits: Tensor) -> Tensor:
         """Return the defense's logits (B, classes), differentiable likewise."""
-        with _IdentityGradients():
-            return self.defense.aggregate(logits)
+        return _straight_through(self.defense.aggregate, logits)
 
 
 class Declared(StraightThrough):
@@ -71,7 +71,7 @@ class Declared(StraightThrough):
             return super().aggregate(logits)
 
 
-class Smoothed(_View):
+class Smoothed(View):
     """The defense on images with Gaussian noise, a fresh draw at each pass: averaged, it has the gradient of the wider landscape.
 
     Args:
@@ -99,6 +99,8 @@ def _methods(*names: str) -> set[Callable[..., Any]]:
 
 _FLAT = _methods("round", "floor", "ceil", "trunc", "fix", "sign")
 _CUT = _methods("detach")
+_OUT = _methods("numpy", "__array__")
+_LEARN = _methods("requires_grad_")
 _GREATER, _LESS = (
     _methods("gt", "ge", "greater", "greater_equal", "__gt__", "__ge__"),
     _methods("lt", "le", "less", "less_equal", "__lt__", "__le__"),
@@ -122,17 +124,35 @@ class _IdentityGradients(TorchFunctionMode):
         self, function: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         first = args[0] if args and isinstance(args[0], Tensor) else None
-        if function in _CUT and first is not None and first.requires_grad:
-            return first
+        if first is not None and first.requires_grad:
+            if function in _CUT:
+                # A tensor of its own: what is detached may be written to.
+                return identity_gradient(first, first.detach()).clone()
+            if function in _OUT:
+                return function(first.detach(), *args[1:], **(kwargs or {}))
+            if function in _LEARN and not first.is_leaf:
+                return first
         result = function(*args, **(kwargs or {}))
         if first is None:
             return result
+        second: Any = args[1] if len(args) > 1 else (kwargs or {}).get("other")
         if function in _FLAT and first.requires_grad:
             return identity_gradient(first, result.detach())
-        if function in _GREATER | _LESS and any(isinstance(a, Tensor) and a.requires_grad for a in args[:2]):
-            difference = args[0] - args[1] if function in _GREATER else args[1] - args[0]
+        if function in _GREATER | _LESS and any(isinstance(a, Tensor) and a.requires_grad for a in (first, second)):
+            difference = first - second if function in _GREATER else second - first
             # The entry keeps the comparison alive, so that no other tensor takes its place in memory.
             self._compared[id(result)] = (result, torch.sigmoid(difference / WIDTH))
         elif function in _CAST and id(first) in self._compared and result.is_floating_point():
             return identity_gradient(self._compared[id(first)][1], result)
         return result
+
+
+def _straight_through(step: Callable[..., Tensor], *given: Any) -> Tensor:
+    """Return what a defense's step makes of what it is given, with identity gradients if it can be run with them."""
+    try:
+        with _IdentityGradients():
+            return step(*given)
+    except UserError:
+        raise
+    except Exception:  # a stranger's code may do with a tensor what only one without a gradient allows
+        return step(*given)

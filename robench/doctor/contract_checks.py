@@ -23,8 +23,10 @@ def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[
     One that is random and does not say so comes back as a random defense without structure, so that attacks average its draws.
 
     Raises:
-        UserError: if the model fails on the data set's images, or its logits do not fit or are not finite.
+        UserError: if the model fails on the data set's images, its logits do not fit or are not finite, or there is one class.
     """
+    if len(dataset.classes) < 2:
+        raise UserError(f"the doctor needs at least 2 classes, and {dataset.name} has {len(dataset.classes)}")
     defense = target.defense.to(device).eval()
     x = as_float(dataset.images[:TRIED]).to(device)
     draw = Draw(seed, torch.arange(len(x), device=device)) if defense.random else None

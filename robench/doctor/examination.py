@@ -148,7 +148,7 @@ class Examination:
         for images, y, names in self.batches(x, self.y, self.examples):
             objective = partial(_loss_of, function, y)
             numbers = range(number, number + 1)
-            point = evaluate_point(model or self.defense, images, y, objective, examples=names, seed=self.seed, numbers=numbers)
+            point = evaluate_point(model or self.defense, images, y, objective, examples=names, seed=self.seed, numbers=numbers, as_is=True)
             parts.append(point.gradient)
         return torch.cat(parts)
 
