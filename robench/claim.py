@@ -266,7 +266,7 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
     own: list[tuple[float, Estimate]] = []
     worst: list[tuple[float, Estimate]] = []
     used: set[str] = set()
-    untried = bool(any(a.threat for _, a in trial.quantity.terms))
+    untried = False
     found = [[find(accuracy, seed) for seed in range(seeds)] for _, accuracy in trial.quantity.terms]
     for (_, accuracy), per_seed in zip(trial.quantity.terms, found, strict=True):
         if not all(per_seed):
@@ -280,13 +280,13 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
             estimates = [record.robust_estimate(records[0]) for records in per_seed]
             strongest = [record.worst_case(records)[0] for records in per_seed]
             used |= {r.attack.name for records in per_seed for r in records}
-            untried = untried and all(len(records) == 1 for records in per_seed)
+            untried = untried or any(len(records) == 1 for records in per_seed)
         own.append((coefficient, over_seeds(estimates) if seeds > 1 else estimates[0]))
         worst.append((coefficient, over_seeds(strongest) if seeds > 1 else strongest[0]))
     estimate, strongest_estimate = _combined(own), _combined(worst)
     expect = trial.expect or claim.expect
     verdict, under_strongest = (judge(e, expect, claim.tolerance) for e in (estimate, strongest_estimate))
-    # What was put to no other attack has not survived one.
+    # What was put to no other attack has not survived one; another on the rest alone would flatter it.
     status = "open" if untried else STATUS_OF[under_strongest]
     return Settlement(claim, dataset, scale, estimate, verdict, strongest_estimate, status, tuple(sorted(used)))
 

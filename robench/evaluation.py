@@ -23,12 +23,11 @@ from robench.defense import Defense
 from robench.errors import OutOfTimeError, UserError
 from robench.estimate import Estimate
 from robench.files import write_atomic
-from robench.fingerprint import state_hash
+from robench.fingerprint import attacked_hash, state_hash
 from robench.folding import folded
 from robench.noise import Draw
 from robench.recipe import Precision
 from robench.record import Record
-from robench.surrogate import declares
 from robench.targets import Target
 from robench.threat import ThreatModel
 
@@ -137,7 +136,8 @@ def measure(
     targets.check_settled(target, state)
     data.check_labels(dataset.labels, len(dataset.classes))
     first = as_float(dataset.images[:16]).to(device)
-    behaviour = _predict_logits(target, first, torch.arange(len(first), device=device), seed, dataset)
+    logits = _predict_logits(target, first, torch.arange(len(first), device=device), seed, dataset)
+    behaviour = attacked_hash(defense, first, logits, seed)
     with counted(defense) as learning:
         attack = fitted(attack, target, dataset, threat, seed=seed, device=device)
     if attack.learnt is not None:
@@ -186,18 +186,16 @@ def fitted(attack: Attack, target: Target, dataset: Dataset, threat: ThreatModel
 
 
 def _key(
-    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, size: int, precision: str, behaviour: Tensor
+    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, size: int, precision: str, behaviour: str
 ) -> str:
-    """Return the hash of all that determines a chunk's outcome; the logits of some images stand for the model's code."""
+    """Return the hash of all that determines a chunk's outcome; what the model does with some images stands for its code."""
     identity = [
-        target.name, target.version, state_hash(target.defense), hashlib.sha256(behaviour.cpu().numpy().tobytes()).hexdigest(),
+        target.name, target.version, state_hash(target.defense), behaviour,
         dataset.fingerprint, str(threat), attack.name, attack.version, dict(attack.parameters), seed, size, precision,
         "" if attack.learnt is None else hashlib.sha256(attack.learnt.cpu().numpy().tobytes()).hexdigest(),
         # What earlier versions kept of a random defense lacks the attack's own count.
         *(["counted"] if target.defense.random else []),
         *(["folded"] if precision == "bfloat16" else []),
-        # Logits do not tell of surrogates, which attacks use.
-        *(["surrogates"] if declares(target.defense) else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -271,12 +269,21 @@ def predictions(defense: Defense, x: Tensor, examples: Tensor, seed: int, draws:
     """Return predicted classes (draws, B), over fresh draws for a random defense, one row for a deterministic one.
 
     The scoring draws are independent of every draw that an attack with this seed can have used.
+
+    Raises:
+        UserError: for logits that are not finite.
     """
     if not defense.random:
-        classes: Tensor = defense(x).argmax(1)
-        return classes[None]
+        return _classes(defense(x))[None]
     score_seed = int.from_bytes(hashlib.sha256(f"score/{seed}".encode()).digest()[:6], "little")
-    return torch.stack([defense(x, Draw(score_seed, examples, number)).argmax(1) for number in range(draws)])
+    return torch.stack([_classes(defense(x, Draw(score_seed, examples, number))) for number in range(draws)])
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """Return the predicted classes (B,): NaN would pass for a logit above all others."""
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the defense returns logits that are not finite (NaN or infinity) on an image that it is scored on")
+    return logits.argmax(1)
 
 
 def _correct(predicted: list[list[int]], labels: Tensor, start: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
@@ -286,7 +293,7 @@ def _correct(predicted: list[list[int]], labels: Tensor, start: int) -> "np.ndar
 
 
 def _controls(
-    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, device: str, cache: Path | None, behaviour: Tensor
+    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, device: str, cache: Path | None, behaviour: str
 ) -> dict[str, float]:
     """Return a random defense's controls on the first examples: with no budget the attack must leave the clean accuracy
     standing, with any budget none (see `robench.controls`). They are the same for every budget of a norm, but for an attack that

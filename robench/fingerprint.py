@@ -1,4 +1,4 @@
-"""What tells two models apart: a hash of the weights, and one of what they compute."""
+"""What tells two models apart: a hash of the weights, and of what they compute."""
 
 import hashlib
 import itertools
@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from robench import noise
+from robench.attacks.objective import frozen, image_gradient
 from robench.data import Dataset, as_float
-from robench.defense import as_defense
+from robench.defense import Defense, as_defense
+from robench.errors import UserError
+from robench.surrogate import active, declares
 
 
 def state_hash(module: nn.Module) -> str:
@@ -38,3 +41,43 @@ def reference_logits(module: nn.Module, dataset: Dataset) -> Tensor:
     with torch.no_grad(), noise.isolated_generator(0):
         logits: Tensor = torch.func.functional_call(defense, weights, (x, draw))
     return logits
+
+
+def attacked_hash(defense: Defense, x: Tensor, logits: Tensor, seed: int) -> str:
+    """Return a hash of what an attack sees of a defense at images (B, C, H, W): two that differ in it must not share results.
+
+    Its logits, its predictors' logits, and on the CPU the gradients of both, those of declared surrogates too. A GPU's gradients
+    differ in their last bits from run to run.
+
+    Args:
+        defense: in evaluation mode.
+        x: the images.
+        logits: the defense's logits there.
+        seed: of a random defense's draw.
+    """
+    draw = noise.Draw(seed, torch.arange(len(x), device=x.device)) if defense.random else None
+    with torch.no_grad():
+        seen = [logits, defense.predictors(x, draw).float()]
+    if x.device.type == "cpu":
+        seen += _gradients(defense, x, draw)
+        if declares(defense):
+            with active():
+                seen += _gradients(defense, x, draw)
+    return hashlib.sha256(b"".join(tensor.cpu().contiguous().numpy().tobytes() for tensor in seen)).hexdigest()
+
+
+@torch.enable_grad()
+def _gradients(defense: Defense, x: Tensor, draw: noise.Draw | None) -> list[Tensor]:
+    """Return the images' gradients of the predictors' and of the defense's logits; none from code that cannot be run with one."""
+    found = []
+    try:
+        with frozen(defense):
+            for forward in (defense.predictors, defense):
+                point = x.clone().requires_grad_()
+                # A variance weighs the classes differently, where their sum would cancel.
+                found.append(image_gradient(forward(point, draw).float().var(-1), point, as_is=True))
+    except UserError:
+        raise
+    except Exception:  # a stranger's code may fail in any way on tensors that take a gradient
+        return found
+    return found

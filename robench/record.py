@@ -222,10 +222,12 @@ def file_name(record: Record) -> str:
 
     ``<dataset>_<threat>_<defense>_<attack>_<scale>_n<N>_s<seed>t<training seed>_<digest>.json``, in characters that
     every file system takes; the 8 digits of the digest tell apart what the readable parts do not (attack parameters,
-    the split, long names).
+    the split, long names, the weights of a defense from elsewhere).
     """
     exact = [record.dataset.name, record.dataset.split, record.threat, record.defense.name]
     exact += [record.attack.name, json.dumps(record.attack.parameters, sort_keys=True)]
+    # Two files' models may have one name; the zoo's names are its own.
+    exact += [record.defense.weights_sha256] if record.defense.origin != "zoo" else []
     readable = [record.dataset.name, record.threat, record.defense.name, record.attack.name]
     parts = [re.sub(r"[^A-Za-z0-9.,=+-]+", "-", text.replace("_", "-"))[:48] for text in readable]
     seeds = f"s{record.seed}t{record.defense.training_seed}"

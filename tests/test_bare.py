@@ -1,4 +1,4 @@
-"""A defense's networks by themselves: where there are some to attack, and that attacks on them break what hides every gradient."""
+"""The gradient of networks that a defense hides: where there is one to take, and that attacks by it break what hides every other."""
 
 from collections.abc import Callable
 

@@ -173,6 +173,16 @@ def test_what_was_put_to_no_other_attack_stays_open(first: float, verdict: str, 
     assert settled.attacks == ("attack-0",)
 
 
+def test_a_second_attack_on_the_other_defense_alone_leaves_a_comparison_open(make_record: Build) -> None:
+    """Of a random and a deterministic defense each has attacks of its own: the weaker the baseline, the better the claim would look."""
+    records = shelf(make_record, a=[0.6], b=[0.5, 0.1]).records
+    own = records["a", 0][0]
+    records["a", 0] = [make_record(own.outcomes.robust, defense={"name": "a", "random": True}, attack={"name": "attack-0"})]
+    settled = settle(a_claim(better()), "digits", "smoke", Shelf(records))
+    assert settled.strongest.value == pytest.approx(0.5)
+    assert settled.status == "open"
+
+
 def test_defenses_are_compared_under_attacks_that_both_were_put_to(make_record: Build) -> None:
     """The second attack broke `a` alone, since it was never run on `b`."""
     settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=[0.6, 0.1, 0.55], b=[0.4]))

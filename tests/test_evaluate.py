@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from robench import attacks, data, noise, record, targets
 from robench.aggregate import mean_of_logits
 from robench.attacks import Attack
-from robench.data import Dataset
+from robench.data import Dataset, as_float
 from robench.defense import Defense, Ensemble, Plain
 from robench.errors import UserError
 from robench.evaluation import SCORING_DRAWS, evaluate, measure, predictions
 from robench.noise import Draw
 from robench.record import Record
+from robench.surrogate import Substitute
 from robench.threat import ThreatModel
 
 SHAPE = (3, 4, 4)
@@ -194,6 +195,10 @@ class Counting(nn.Module):
         return logits
 
 
+LOOKED_AT = 5 * 16
+"""Images by which each process knows the model: for its logits twice, its predictors' logits, and the gradients of both."""
+
+
 def stop_after(chunks: int) -> Callable[[str], None]:
     lines: list[str] = []
 
@@ -213,12 +218,12 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
         measured(first, batch_size=10, cache=tmp_path / "parts", progress=stop_after(3))
     resumed = measured(second, batch_size=10, cache=tmp_path / "parts")
     assert record.identity(resumed) == record.identity(expected)
-    # Each process looks at 16 images twice, to know the model; each of the five chunks costs the same.
-    chunk = (whole.images - 32) / 5
-    assert (first.images - 32, second.images - 32) == (3 * chunk, 2 * chunk)
+    # Each of the five chunks costs the same.
+    chunk = (whole.images - LOOKED_AT) / 5
+    assert (first.images - LOOKED_AT, second.images - LOOKED_AT) == (3 * chunk, 2 * chunk)
     again = measured(third, batch_size=10, cache=tmp_path / "parts")
     assert record.identity(again) == record.identity(expected)
-    assert third.images == 32
+    assert third.images == LOOKED_AT
 
 
 @pytest.mark.parametrize(
@@ -230,7 +235,7 @@ def test_unfinished_work_of_another_measurement_is_not_taken(change: dict[str, A
     measured(Counting(), cache=tmp_path)
     model = Counting()
     measured(model, cache=tmp_path, **change)
-    assert model.images > 32
+    assert model.images > LOOKED_AT
 
 
 def test_unfinished_work_of_other_code_is_not_taken(tmp_path: Path) -> None:
@@ -244,7 +249,56 @@ def test_unfinished_work_of_other_code_is_not_taken(tmp_path: Path) -> None:
     Doubled.__name__ = "Counting"
     model = Doubled()
     measured(model, cache=tmp_path)
-    assert model.images > 32
+    assert model.images > LOOKED_AT
+
+
+class Surrogates(Counting):
+    """The same logits whatever is declared in the place of their step."""
+
+    def __init__(self, surrogate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.step = Substitute(lambda x: x.detach(), surrogate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.step(x))
+
+
+class Doubtful(Counting):
+    """The same logits by another gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach() + 0 * x)
+
+
+class Told(Ensemble):
+    """Two networks that the mean's structure tells of, or not."""
+
+    def __init__(self, tells: bool) -> None:
+        super().__init__([linear(), linear()], mean_of_logits)
+        self.tells = tells
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        shown = super().predictors(x, draw)
+        return shown if self.tells else shown.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("kept", "asked"),
+    [
+        (lambda: Doubtful(), lambda: Counting()),
+        (lambda: Surrogates(lambda x: 0 * x), lambda: Surrogates(lambda x: x)),
+        (lambda: Told(False), lambda: Told(True)),
+    ],
+    ids=["a masked gradient that was mended", "another surrogate", "structure that is told"],
+)
+def test_results_of_a_model_with_the_same_logits_that_attacks_see_otherwise_are_not_taken(
+    kept: Callable[[], nn.Module], asked: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    for build in (kept, asked):
+        model = build()
+        # One name for both, as when a file was edited.
+        measure(targets.of_module(model, "model"), examples(), LINF, attacks.parse("pgd-5"), cache=tmp_path)
+    assert len(list((tmp_path / "evaluations").iterdir())) == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"clean": []}'])
@@ -394,6 +448,22 @@ class Lost(nn.Module):
 def test_a_model_that_does_not_fit_is_an_error_of_one_line(module: nn.Module, message: str) -> None:
     with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
         measured(module)
+
+
+def test_logits_that_are_not_finite_only_on_attacked_images_are_an_error_of_one_line() -> None:
+    """The first class would win by NaN, so that its images would seem robust."""
+
+    class Lost(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.clean = linear(), as_float(examples().images)
+
+        def forward(self, x: Tensor) -> Tensor:
+            known = torch.cdist(x.flatten(1), self.clean.flatten(1)).amin(1) < 1e-6
+            return self.inner(x).masked_fill(~known[:, None], torch.nan)
+
+    with pytest.raises(UserError, match=r"^[^\n]*not finite[^\n]*$"):
+        measured(Lost(), attack="square,queries=3")
 
 
 def bad_attack(function: Callable[..., Tensor]) -> Attack:
