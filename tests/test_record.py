@@ -87,7 +87,7 @@ def test_file_names_are_safe_readable_and_different_for_different_measurements(m
     newer = make_record([1, 1, 1], defense={"version": 2, "weights_sha256": "ef" * 32, "origin": "zoo"}, attack={"version": 2})
     assert file_name(newer) == file_name(make_record(defense={"origin": "zoo"}))
     # Two files' models of one name are two models.
-    foreign = [make_record(defense={"origin": "a file", "weights_sha256": 32 * weights}) for weights in ("ab", "cd")]
+    foreign = [make_record(defense={"origin": "a file", "weights_sha256": 32 * weights}) for weights in ("cd", "ef")]
     assert len({file_name(record) for record in [make_record(), *foreign]}) == 3
 
 
