@@ -40,6 +40,25 @@ def train_step(
     Returns:
         the loss, a scalar.
     """
+    optimiser.zero_grad(set_to_none=True)
+    loss = gradients(module, recipe, x, y, start(recipe, x, draw, half=half), draw, half=half, trainable=trainable)
+    optimiser.step()
+    return loss
+
+
+def start(recipe: Recipe, x: Tensor, draw: noise.Draw, *, half: bool = False) -> Tensor:
+    """Return where the inner attack on a batch of clean images (B, C, H, W) starts: the images themselves where there is none."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        return x if recipe.attack is None else _start(x, ThreatModel.parse(recipe.attack.threat), recipe.attack, draw)
+
+
+def gradients(
+    module: nn.Module, recipe: Recipe, x: Tensor, y: Tensor, x_start: Tensor, draw: noise.Draw, *, half: bool, trainable: tuple[str, ...]
+) -> Tensor:
+    """Attack a batch from where the attack starts, add the loss's gradients to the weights', and return the loss, a scalar.
+
+    Args but `x_start` are those of `train_step`. For a deterministic defense nothing here draws or waits for the device.
+    """
     defense = as_defense(module)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
         images, weights = x, torch.ones(len(x), device=x.device)
@@ -49,7 +68,7 @@ def train_step(
             else:
                 module.eval()
             with folding.folded(defense) if folds(recipe, half) else contextlib.nullcontext():
-                images = attack_batch(defense, x, y, recipe.attack, draw)
+                images = attack_batch(defense, x, y, recipe.attack, draw, x_start)
             if recipe.clean_weight > 0:
                 # One forward for both halves: batch norm then learns the statistics of the mixture it is evaluated with.
                 images, y = torch.cat([images, x]), torch.cat([y, y])
@@ -62,9 +81,7 @@ def train_step(
         else:
             predictors = defense.predictors(images, own_draw)
             loss = (losses(defense, predictors, y, recipe) * weights).sum() / weights.sum()
-    optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    optimiser.step()
     return loss.detach()
 
 
@@ -90,7 +107,7 @@ def _trades(clean: Tensor, adversarial: Tensor, y: Tensor, weight: float) -> Ten
     return functional.cross_entropy(clean, y) + weight * divergence(adversarial, clean)
 
 
-def attack_batch(defense: Defense, x: Tensor, y: Tensor, attack: InnerAttack, draw: noise.Draw) -> Tensor:
+def attack_batch(defense: Defense, x: Tensor, y: Tensor, attack: InnerAttack, draw: noise.Draw, x_start: Tensor | None = None) -> Tensor:
     """Return adversarial images of a training batch (B, C, H, W); the weights take no gradient.
 
     Args:
@@ -99,11 +116,12 @@ def attack_batch(defense: Defense, x: Tensor, y: Tensor, attack: InnerAttack, dr
         y: labels.
         attack: its threat model, steps, start and objective.
         draw: identifies the batch's examples and epoch; the start and a random defense's noise come from it.
+        x_start: the start, where it is drawn already.
     """
     threat = ThreatModel.parse(attack.threat)
     own_draw = draw if defense.random else None
     raised = _objective(defense, x, y, attack, own_draw)
-    x_adv = _start(x, threat, attack, draw)
+    x_adv = _start(x, threat, attack, draw) if x_start is None else x_start
     for _ in range(attack.steps):
         point = x_adv.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(raised(defense(point, own_draw).float()), point)

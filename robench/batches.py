@@ -10,6 +10,9 @@ from robench import noise
 from robench.data import as_float
 from robench.recipe import Recipe
 
+AT_ONCE = {"cpu": 1, "cuda": 64}
+"""Batches that are augmented together: on a GPU one batch's images are too few for what it takes to ask."""
+
 
 def batches(
     images: Tensor, labels: Tensor, recipe: Recipe, seed: int, epoch: int, layout: torch.memory_format
@@ -25,10 +28,12 @@ def batches(
         layout: the memory format of the images.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    for chosen in torch.randperm(len(images), generator=generator).split(recipe.batch_size):
-        indices = chosen.to(images.device)
-        x = as_float(augmented(images[indices], recipe.augmentation, noise.Draw(seed, indices, epoch)))
-        yield indices, x.contiguous(memory_format=layout), labels[indices]
+    order = torch.randperm(len(images), generator=generator)
+    for many in order.split(recipe.batch_size * AT_ONCE[images.device.type]):
+        indices = many.to(images.device)
+        shifted = augmented(images[indices], recipe.augmentation, noise.Draw(seed, indices, epoch))
+        for chosen, own in zip(indices.split(recipe.batch_size), shifted.split(recipe.batch_size), strict=True):
+            yield chosen, as_float(own).contiguous(memory_format=layout), labels[chosen]
 
 
 def augmented(images: Tensor, augmentation: str, draw: noise.Draw) -> Tensor:

@@ -22,6 +22,7 @@ from robench.data import Dataset, as_float
 from robench.defense import Defense
 from robench.errors import OutOfTimeError, UserError
 from robench.estimate import Estimate
+from robench.exact import exact_arithmetic
 from robench.files import write_atomic
 from robench.fingerprint import attacked_hash, state_hash
 from robench.folding import folded
@@ -34,13 +35,16 @@ from robench.threat import ThreatModel
 SCORING_DRAWS = 10
 """Fresh draws that score a random defense."""
 
+BATCH_SIZE = {"cpu": 100, "cuda": 500}
+"""Examples attacked together unless it is said: on a GPU the smallest number that keeps it busy."""
+
 Progress = Callable[[str], None]
 T = TypeVar("T")
 
 
 def evaluate(
     model: nn.Module, *, dataset: str | Dataset, threat: str | ThreatModel, attack: str | Attack = "autoattack", n: int | None = None,
-    seed: int = 0, batch_size: int = 100, device: str = "cpu", scale: zoo.Scale = "cpu", name: str | None = None,
+    seed: int = 0, batch_size: int | None = None, device: str = "cpu", scale: zoo.Scale = "cpu", name: str | None = None,
 ) -> Record:  # fmt: skip
     """Attack a model and return the record.
 
@@ -51,7 +55,7 @@ def evaluate(
         attack: an attack's name, ``pgd-20,restarts=5``.
         n: the first n examples; all by default.
         seed: the attack's seed.
-        batch_size: examples attacked together.
+        batch_size: examples attacked together; by default `BATCH_SIZE`.
         device: ``cpu`` or ``cuda``.
         scale: what the record says of the protocol's scale.
         name: what the record calls the model; its class by default.
@@ -84,6 +88,7 @@ class _Chunk:
     counted: dict[str, int] = field(default_factory=dict)
 
 
+@exact_arithmetic()
 def measure(
     target: Target,
     dataset: Dataset,
@@ -91,7 +96,7 @@ def measure(
     attack: Attack,
     *,
     seed: int = 0,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     device: str = "cpu",
     scale: zoo.Scale = "cpu",
     precision: Precision | None = None,
@@ -110,7 +115,7 @@ def measure(
         threat: the threat model.
         attack: the attack.
         seed: the attack's seed.
-        batch_size: examples attacked together; an attack with a batch size of its own keeps it.
+        batch_size: examples attacked together, by default `BATCH_SIZE`; an attack with a batch size of its own keeps it.
         device: ``cpu`` or ``cuda``.
         scale: what the record says of the protocol's scale.
         precision: of the attack; every success is scored in float32. bfloat16 on CUDA by default, else float32.
@@ -131,7 +136,7 @@ def measure(
     if precision is None or "batch_size" in attack.parameters:
         reduced = torch.device(device).type == "cuda" and "batch_size" not in attack.parameters
         precision = "bfloat16" if reduced else "float32"
-    size = int(attack.parameters.get("batch_size") or batch_size)
+    size = int(attack.parameters.get("batch_size") or batch_size or BATCH_SIZE[torch.device(device).type])
     state = state_hash(defense)
     targets.check_settled(target, state)
     data.check_labels(dataset.labels, len(dataset.classes))

@@ -8,13 +8,15 @@ import contextlib
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -106,12 +108,23 @@ def _words_of_arrays(examples: NDArray[np.int64], number: int, positions: Words,
 
 
 def _words_of_tensors(examples: Tensor, number: int, positions: Words, keys: Words) -> Tensor:
-    counter = torch.broadcast_tensors(
-        torch.from_numpy(positions.astype(np.int64)).to(examples.device), torch.tensor(number & _MASK, device=examples.device),
-        examples[:, None] & _MASK, examples[:, None] >> 32 & _MASK,
-    )  # fmt: skip
-    found = philox(counter, [torch.from_numpy(k.astype(np.int64)).to(examples.device) for k in keys])
-    return torch.stack(found, dim=-1).reshape(len(examples), 4 * len(positions)).to(torch.int32)
+    # One copy to the device for all that does not depend on the example.
+    alike = torch.from_numpy(np.stack([positions, np.full_like(positions, number & _MASK), *keys]).astype(np.int64)).to(examples.device)
+    make = _fused() if examples.device.type == "cuda" and has_triton() else _rows_of_words
+    return make(examples, alike).reshape(len(examples), 4 * len(positions))
+
+
+def _rows_of_words(examples: Tensor, alike: Tensor) -> Tensor:
+    """Return int32 (B, P, 4) words for examples (B,) and positions, draw numbers and two rows of keys (4, P)."""
+    position, number, *key = alike.unbind(0)
+    low, high = examples[:, None] & _MASK, examples[:, None] >> 32 & _MASK
+    return torch.stack(torch.broadcast_tensors(*philox([position, number, low, high], key)), dim=-1).to(torch.int32)
+
+
+@cache
+def _fused() -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the same in one kernel: the ten rounds are over a hundred operations, each of which would write all words to memory."""
+    return torch.compile(_rows_of_words, dynamic=True)
 
 
 def as_uniform(found: Tensor, shape: tuple[int, ...]) -> Tensor:

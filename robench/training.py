@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robench import noise, overfitting, throughput
-from robench.adversarial import folds, train_step
+from robench.adversarial import folds
 from robench.batches import batches
+from robench.captured import Stepper, can_record
 from robench.data import Dataset, as_float
 from robench.defense import Defense
 from robench.errors import OutOfTimeError, UserError
+from robench.exact import exact_arithmetic
 from robench.files import write_atomic
 from robench.fingerprint import behaviour_hash, state_hash
 from robench.overfitting import Epoch
@@ -51,6 +53,7 @@ class NotTrainedError(UserError):
     """A stage is not in the folder of what was trained before, and may not be trained now."""
 
 
+@exact_arithmetic()
 def train(
     defense: Defense, stages: tuple[Stage, ...], dataset: Dataset, *, folder: Path, device: str = "cpu", may_train: bool = True,
     anew: bool = False, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
@@ -162,6 +165,7 @@ class _Run:
 
     module: nn.Module
     optimiser: torch.optim.Optimizer
+    step: Stepper
     trained: dict[str, nn.Parameter]
     average: AveragedModel | None
     history: list[Epoch]
@@ -190,13 +194,15 @@ class _Run:
         self.history = history
 
 
-def _begin(module: nn.Module, stage: Stage, checkpoint: Path, anew: bool) -> _Run:
+def _begin(module: nn.Module, stage: Stage, checkpoint: Path, anew: bool, device: str) -> _Run:
     """Return a stage at its beginning, or where its checkpoint left it."""
     recipe, trained = stage.recipe, freeze_but(module, stage.trainable)
     average = None
     if recipe.averaging:
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
-    run = _Run(module, _optimiser(recipe, trained), trained, average, [])
+    optimiser, half = _optimiser(recipe, trained), precision(recipe, device) == "bfloat16"
+    step = Stepper(module, optimiser, recipe, half, stage.trainable, can_record(module, device))
+    run = _Run(module, optimiser, step, trained, average, [])
     if checkpoint.exists() and not anew:
         saved, history = _read(checkpoint)
         # A checkpoint from before there was a history says too little to go on from.
@@ -210,7 +216,7 @@ def _train_stage(
     progress: Progress, stop: Callable[[], bool],
 ) -> list[Epoch]:  # fmt: skip
     recipe, checkpoint = stage.recipe, checkpoint_path(path)
-    run = _begin(module, stage, checkpoint, anew)
+    run = _begin(module, stage, checkpoint, anew, device)
     images, labels = dataset.images.to(device), dataset.labels.to(device)
     saved_at, saved_epochs, operations = time.monotonic(), len(run.history), None
     for epoch in range(len(run.history), recipe.epochs):
@@ -232,6 +238,8 @@ def _train_stage(
     if run.average is not None:
         module.load_state_dict(run.average.module.state_dict())
     module.eval().requires_grad_(True)
+    # A recorded step's gradients would keep its memory.
+    run.optimiser.zero_grad(set_to_none=True)
     _write(path, module.state_dict(), run.history)
     checkpoint.unlink(missing_ok=True)
     return run.history
@@ -240,7 +248,6 @@ def _train_stage(
 def _train_epoch(run: _Run, stage: Stage, images: Tensor, labels: Tensor, epoch: int, device: str, layout: torch.memory_format) -> float:
     """Train for one epoch and return its mean loss."""
     recipe, losses = stage.recipe, []
-    half = precision(recipe, device) == "bfloat16"
     steps = -(-len(images) // recipe.batch_size)
     for step, (indices, x, y) in enumerate(batches(images, labels, recipe, stage.seed, epoch, layout)):
         for group in run.optimiser.param_groups:
@@ -248,7 +255,7 @@ def _train_epoch(run: _Run, stage: Stage, images: Tensor, labels: Tensor, epoch:
         draw = noise.Draw(stage.seed, indices, epoch)
         with noise.isolated_generator(stage.seed * 1_000_003 + epoch * steps + step, device):
             try:
-                losses.append(train_step(run.module, run.optimiser, recipe, x, y, draw, half=half, trainable=stage.trainable))
+                losses.append(run.step(x, y, draw))
             except UserError as error:
                 # Aggregators refuse logits that are not finite, before there is a loss.
                 raise UserError(f"training failed in epoch {epoch + 1}: {error}; if it diverged, lower the learning rate") from error

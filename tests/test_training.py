@@ -23,7 +23,7 @@ from robench import data, fingerprint, noise, training, zoo
 from robench.adversarial import attack_batch, train_step
 from robench.adversarial import losses as loss_of_each
 from robench.aggregate import mean_of_logits, mean_of_probabilities
-from robench.batches import augmented, batches
+from robench.batches import AT_ONCE, augmented, batches
 from robench.data import Dataset
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
@@ -93,6 +93,19 @@ def test_the_loss_falls(recipe: Recipe, digits: Dataset, tmp_path: Path) -> None
     assert not defense.training
     assert functional.cross_entropy(defense(x), y) < functional.cross_entropy(ensemble(0).eval()(x), y)
     assert all(parameter.requires_grad for parameter in defense.parameters())
+
+
+def test_batches_augmented_together_are_the_batches(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(PLAIN, augmentation="crop-flip", batch_size=24)
+
+    def made() -> list[tuple[Tensor, ...]]:
+        return list(batches(digits.images, digits.labels, recipe, 3, 1, torch.contiguous_format))
+
+    one_by_one = made()
+    monkeypatch.setitem(AT_ONCE, "cpu", 4)
+    together = made()
+    assert [len(x) for _, x, _ in together] == [24, 24, 24, 24, 24, 8]
+    assert all(torch.equal(a, b) for own, other in zip(one_by_one, together, strict=True) for a, b in zip(own, other, strict=True))
 
 
 # The inner attack

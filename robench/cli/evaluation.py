@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @scale_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The attack's seed.")
 @click.option("--training-seed", type=SEED, default=0, show_default=True, help="Which trained copy of a defense of the zoo.")
-@click.option("--batch-size", type=click.IntRange(1), default=100, show_default=True, help="Examples attacked together.")
+@click.option("--batch-size", type=click.IntRange(1), help="Examples attacked together.  [default: 100, on cuda 500]")
 @click.option(
     "--precision", type=click.Choice(["float32", "bfloat16"]),
     help="Of the attack; what it finds is confirmed in float32.  [default: bfloat16 on cuda, else float32]",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 @click.option("--time", "max_seconds", metavar="DURATION", callback=in_seconds, help="Likewise, after so long: 90s, 9m, 1h30m.")
 def evaluate(
     target: str, dataset: str, threat: str, attack: str, n: int | None, scale: "Scale | None", seed: int, training_seed: int,
-    batch_size: int, precision: "Precision | None", device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...],
+    batch_size: int | None, precision: "Precision | None", device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...],
     json_file: str | None, records: Path | None, figure: Path | None, max_passes: int | None, max_seconds: float | None,
 ) -> None:  # fmt: skip
     """Attack TARGET: a zoo name with parameters, robustbench:NAME, timm:NAME, or path/to/file.py:factory."""

@@ -20,6 +20,7 @@ from robench.doctor.finding import Finding
 from robench.errors import UserError
 from robench.estimate import Estimate
 from robench.evaluation import defense_info
+from robench.exact import exact_arithmetic
 from robench.noise import isolated_generator
 from robench.record import DefenseInfo, Provenance, Scale
 from robench.targets import Target
@@ -86,6 +87,7 @@ class Diagnosis:
         return "not robust" if self.robust_accuracy.value <= 1 / self.classes else "no sign of masking"
 
 
+@exact_arithmetic()
 def examine(
     target: Target,
     dataset: Dataset,
