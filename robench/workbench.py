@@ -44,6 +44,7 @@ class Workbench:
         cache: the cache folder.
         keep: the folder that new records are written to, at once; None writes none.
         examples: test examples; the scale's number by default.
+        batch_size: examples attacked together; `evaluation.BATCH_SIZE` by default.
         ready_made: whether weights that were pulled or come with the zoo are taken; False trains.
         progress: is told each line of training and evaluation.
         stop: is asked between epochs and between chunks of examples; where it says yes, OutOfTimeError ends what was going on.
@@ -56,6 +57,7 @@ class Workbench:
     cache: Path | None = None
     keep: Path | None = None
     examples: int | None = None
+    batch_size: int | None = None
     ready_made: bool = True
     progress: Callable[[str], None] = lambda _line: None
     stop: Callable[[], bool] = lambda: False
@@ -106,8 +108,8 @@ class Workbench:
             return known[0]
         examples = self._split.first(min(len(self._split), self.wanted if n is None else n))
         made = measure(
-            self.target(name, seed), examples, ThreatModel.parse(threat), attacks.parse(attack), device=self.device, scale=self.scale,
-            cache=self.cache, progress=self.progress, stop=self.stop,
+            self.target(name, seed), examples, ThreatModel.parse(threat), attacks.parse(attack), batch_size=self.batch_size,
+            device=self.device, scale=self.scale, cache=self.cache, progress=self.progress, stop=self.stop,
         )  # fmt: skip
         self.records.append(made)
         if self.keep is not None:

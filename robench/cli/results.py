@@ -38,11 +38,13 @@ def demo(out: Path, cache_dir: Path | None) -> int:
 @click.option(
     "--records", type=PATH, default=RECORDS, show_default=True, help="The folder of records: what is there, and where new ones go."
 )
+@click.option("--batch-size", type=click.IntRange(1), help="Examples attacked together.  [default: 100, on cuda 500]")
 @device_option
 @cache_option
 @plugin_option
 def campaign(
-    plan: str, budget: float | None, records: Path, device: str | None, cache_dir: Path | None, plugins: tuple[Path, ...]
+    plan: str, budget: float | None, records: Path, batch_size: int | None, device: str | None, cache_dir: Path | None,
+    plugins: tuple[Path, ...],
 ) -> int:  # fmt: skip
     """Make the records of PLAN, in order of what settles most claims per minute: smoke, cpu, gpu, cifar100, or a TOML file."""
     from robench import record
@@ -55,7 +57,7 @@ def campaign(
     cache, device = writable(cache_folder(cache_dir)), available(device)
     known = record.load_folder(writable(records))
     bench = Workbench(
-        made.dataset, made.scale, records=known, device=device, cache=cache, examples=made.n,
+        made.dataset, made.scale, records=known, device=device, cache=cache, examples=made.n, batch_size=batch_size,
         progress=lambda line: click.echo(f"  {line}", err=True),
     )  # fmt: skip
     return Campaign(made, bench, records, budget, click.echo).run()
