@@ -8,6 +8,7 @@ does not depend on them.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,7 +30,7 @@ from robench.threat import ThreatModel
 from zoo.backbones import backbone
 
 DEVICE = "cuda"
-CASES: list[tuple[str, int, int]] = [("resnet18", 1, 60), ("resnet18", 4, 20), ("wrn-28-10", 1, 20)]
+CASES: list[tuple[str, int, int]] = [("resnet18", 1, 20), ("resnet18", 4, 6), ("wrn-28-10", 1, 4)]
 """Network, how many of it, and the steps of one round."""
 ROUNDS = 3
 
@@ -105,6 +106,7 @@ def measured(name: str, members: int, steps: int, images: Tensor, labels: Tensor
         else:
             with exact_arithmetic():
                 found[way] = speed(begin(), steps)
+        print(f"{members} x {name}, {way}: {found[way]:.0f} images/s", file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
     return [
         [f"{members} x {name}", way, f"{value:.0f}", f"{value / found['straightforward']:.2f}", f"{value * operations / 1e12:.0f}",
