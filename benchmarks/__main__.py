@@ -7,7 +7,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import decoys, engine, overhead, stack, strength, training
+import torch
+
+from benchmarks import decoys, engine, gpu_training, overhead, stack, strength, training
 
 SHORT_STRENGTH = ["--n", "20"]
 FULL_STRENGTH = ["--dataset", "cifar10", "--attack", "autoattack", "--attack", "fast", "--precision", "bfloat16", "--n", "1000"]
@@ -26,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stack.main()
     print()
     training.main(["--equal"] if full else [])
+    if torch.cuda.is_available():
+        print()
+        gpu_training.main()
     print()
     strength.main(FULL_STRENGTH if full else SHORT_STRENGTH)
     print()
