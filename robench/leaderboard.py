@@ -134,7 +134,7 @@ def as_table(leaderboard: Sequence[Row]) -> RenderableType:
         # A name is folded, never cut short.
         table.add_column(header, overflow="fold")
     for row in leaderboard:
-        table.add_row(*map(Text, _cells(row)))
+        table.add_row(*map(Text, cells(row)))
     return table
 
 
@@ -143,8 +143,8 @@ def as_markdown(leaderboard: Sequence[Row]) -> str:
     if not leaderboard:
         return EMPTY
     # A bar or a line break in a text would end its cell.
-    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in _cells(row)] for row in leaderboard]
-    return f"{tabulate(cells, headers=HEADERS, tablefmt='github', disable_numparse=True)}\n\n{NOTE}"
+    lines = [[" ".join(cell.replace("|", "\\|").split()) for cell in cells(row)] for row in leaderboard]
+    return f"{tabulate(lines, headers=HEADERS, tablefmt='github', disable_numparse=True)}\n\n{NOTE}"
 
 
 def as_json(leaderboard: Sequence[Row]) -> str:
@@ -187,23 +187,25 @@ def _stale(records: Sequence[Record], attack_versions: Mapping[str, int], defens
     return tuple(dict.fromkeys(reasons))
 
 
+ROBUST, CLEAN, COST, VERDICTS, NOTES = "robust accuracy", "clean accuracy", "forwards/backwards per image", "verdicts", "notes"
 HEADERS = (
     "defense",
     "data",
     "threat",
-    "robust accuracy",
-    "clean accuracy",
+    ROBUST,
+    CLEAN,
     "strongest attack",
     "attacks run",
-    "forwards/backwards per image",
+    COST,
     "scale",
     "hardware",
-    "verdicts",
-    "notes",
+    VERDICTS,
+    NOTES,
 )
 
 
-def _cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
+    """Return a row's texts, one for each of `HEADERS`."""
     record = row.strongest
     return [
         # Without the seed, independently trained copies would look alike.
@@ -214,7 +216,7 @@ def _cells(row: Row) -> list[str]:
         str(row.clean),
         record.attack.name,
         ", ".join(row.attacks),
-        f"{passes(record.cost.forwards)} / {passes(record.cost.backwards)}",
+        f"{_passes(record.cost.forwards)} / {_passes(record.cost.backwards)}",
         record.scale,
         record.provenance.processor,
         "; ".join(row.verdicts),
@@ -222,7 +224,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def passes(count: float) -> str:
+def _passes(count: float) -> str:
     """Return passes per image as they are shown."""
     return f"{count:,.0f}" if count >= 10 or count == int(count) else f"{count:.1f}"
 
