@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robench import attacks, data, noise, targets
-from robench.aggregate import mean_of_logits
+from robench.aggregate import majority_vote, mean_of_logits
 from robench.attacks import Attack
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
@@ -81,6 +81,17 @@ def test_a_member_is_fooled_alone_and_heads_together() -> None:
     assert learnt["member=0"][0] > learnt["heads=true"][0] > learnt["member=1"][0]
     assert learnt["member=1"][1] > learnt["heads=true"][1] > learnt["member=0"][1]
     assert (learnt["heads=true"] > 0).all()
+
+
+def test_heads_are_all_that_a_nested_ensemble_has_within() -> None:
+    """Two pairs and a network alone count as five networks; the pairs' votes have no gradient to give."""
+    threat, networks = ThreatModel.parse("Linf:0.1"), [Linear(number) for number in range(5)]
+    pairs = [Ensemble(networks[:2], majority_vote), Ensemble(networks[2:4], majority_vote)]
+    nested, flat = Ensemble([*pairs, networks[4]], mean_of_logits), Ensemble(networks, mean_of_logits)
+    learnt, expected = (fit("universal,steps=50,heads=true", defense, threat).learnt for defense in (nested, flat))
+    assert learnt is not None
+    assert expected is not None
+    assert torch.equal(learnt, expected)
 
 
 @pytest.mark.parametrize(("settings", "says"), [
