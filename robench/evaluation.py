@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, controls, data, record, targets, zoo
+from robench import attacks, contract, controls, data, record, targets, zoo
 from robench.attacks import Attack, Found
 from robench.cost import Cost, counted
 from robench.data import Dataset, as_float
@@ -124,8 +124,8 @@ def measure(
 
     Raises:
         OutOfTimeError: if `stop` ended the evaluation; with a cache, the next one goes on from there.
-        UserError: for a model that does not fit the data set or returns what is not finite, an attack that leaves the threat
-            model, or an unwritable cache.
+        UserError: for a model that does not fit the data set, returns what is not finite or lets the images of a batch decide on each
+            other, an attack that leaves the threat model, or an unwritable cache.
     """
     defense = target.defense.to(device).eval()
     if precision is None or "batch_size" in attack.parameters:
@@ -135,8 +135,9 @@ def measure(
     state = state_hash(defense)
     targets.check_settled(target, state)
     data.check_labels(dataset.labels, len(dataset.classes))
-    first = as_float(dataset.images[:16]).to(device)
-    logits = _predict_logits(target, first, torch.arange(len(first), device=device), seed, dataset)
+    first = as_float(dataset.images[: contract.TRIED]).to(device)
+    draw = Draw(seed, torch.arange(len(first), device=device)) if defense.random else None
+    logits = contract.honest_logits(target, first, draw, dataset)
     behaviour = attacked_hash(defense, first, logits, seed)
     with counted(defense) as learning:
         attack = fitted(attack, target, dataset, threat, seed=seed, device=device)
@@ -208,25 +209,6 @@ def _load(path: Path | None, make: Callable[..., T]) -> T | None:
         return make(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is corrupt ({error}); delete it to measure again") from error
-
-
-def _predict_logits(target: Target, x: Tensor, examples: Tensor, seed: int, dataset: Dataset) -> Tensor:
-    """Return logits of clean images, having made sure that they fit the data set and are finite."""
-    with torch.no_grad():
-        try:
-            logits: Tensor = target.defense(x, Draw(seed, examples) if target.defense.random else None)
-        except Exception as error:  # a stranger's code may fail in any way
-            line = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{target.name} fails on images of shape {tuple(x.shape)} of {dataset.name}: {line}") from error
-    targets.check_classes(target, tuple(logits.shape), dataset)
-    if not bool(torch.isfinite(logits).all()):
-        raise UserError(f"{target.name} returns logits that are not finite (NaN or infinity) on clean images of {dataset.name}")
-    if not target.defense.random:
-        with torch.no_grad():
-            again = target.defense(x)
-        if not torch.equal(logits, again):
-            raise UserError(f"{target.name} gives different logits for the same images; declare it random (Defense.random or Plain)")
-    return logits.float()
 
 
 def _attack_chunk(
