@@ -115,8 +115,8 @@ def measure(
         scale: what the record says of the protocol's scale.
         precision: of the attack; every success is scored in float32. bfloat16 on CUDA by default, else float32.
         cache: where finished chunks are kept, so that an interrupted evaluation goes on; None keeps nothing.
-        max_passes: forwards and backwards at the members after which no further chunk of `batch_size` examples is attacked; the
-            record then covers the examples that were, and says so in `partial`.
+        max_passes: forwards and backwards at the members after which no further chunk of `batch_size` examples is attacked, those of
+            learning from training images included; the record then covers the examples that were, and says so in `partial`.
         max_seconds: likewise, of attack time.
         progress: is told a line after each chunk.
         learnt: is given what the attack learnt from training images, if it is one that does.
@@ -139,11 +139,14 @@ def measure(
     draw = Draw(seed, torch.arange(len(first), device=device)) if defense.random else None
     logits = contract.honest_logits(target, first, draw, dataset)
     behaviour = attacked_hash(defense, first, logits, seed)
+    started = time.monotonic()
     with counted(defense) as learning:
         attack = fitted(attack, target, dataset, threat, seed=seed, device=device)
+    key = _key(target, dataset, threat, attack, seed, size, precision, behaviour)
+    # The key reads what was learnt, so that a GPU is done with it.
+    learning_seconds = time.monotonic() - started
     if attack.learnt is not None:
         learnt(attack.learnt)
-    key = _key(target, dataset, threat, attack, seed, size, precision, behaviour)
     folder = cache / "evaluations" / key if cache else None
     chunks: list[_Chunk] = []
     partial = None
@@ -159,17 +162,18 @@ def measure(
             if path:
                 write_atomic(path, json.dumps(chunk.__dict__))
         chunks.append(chunk)
-        passes, seconds = sum(c.forwards + c.backwards for c in chunks), sum(c.seconds for c in chunks)
+        spent = sum((Cost(c.forwards, c.backwards) for c in chunks), learning)
+        passes, seconds = spent.forwards + spent.backwards, learning_seconds + sum(c.seconds for c in chunks)
         robust = np.concatenate([_correct(c.robust, dataset.labels, i * size).mean(0) for i, c in enumerate(chunks)])
         share = f"{end}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}"
         progress(f"{target.name} under {attack.name} within {threat}: {share}")
         if end < len(dataset) and (passes >= (max_passes or math.inf) or seconds >= (max_seconds or math.inf)):
-            spent = f"{passes:,} passes" if passes >= (max_passes or math.inf) else f"{seconds:,.0f} s"
-            partial = f"stopped after {end} of {len(dataset)} examples, its budget of passes or time spent ({spent})"
+            what = f"{passes:,} passes" if passes >= (max_passes or math.inf) else f"{seconds:,.0f} s"
+            partial = f"stopped after {end} of {len(dataset)} examples, its budget of passes or time spent ({what})"
             dataset = dataset.first(end)
             break
     control = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random else {}
-    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, learning, control, partial)
+    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, spent, seconds, control, partial)
 
 
 def fitted(attack: Attack, target: Target, dataset: Dataset, threat: ThreatModel, *, seed: int, device: str = "cpu") -> Attack:
@@ -312,7 +316,8 @@ def _record(
     precision: str,
     device: str,
     chunks: list[_Chunk],
-    learning: Cost,
+    spent: Cost,
+    seconds: float,
     control: dict[str, float],
     partial: str | None,
 ) -> Record:
@@ -323,7 +328,6 @@ def _record(
     if not target.defense.random:
         # The clean image is in the threat model: what is misclassified there is not robust, wherever the attack ended.
         robust &= clean
-    total = sum((Cost(c.forwards, c.backwards) for c in chunks), learning)
     defense, n = target.defense, len(dataset)
     clean_estimate, robust_estimate = (Estimate.of(correct.mean(0), dataset=dataset.fingerprint) for correct in (clean, robust))
     return Record(
@@ -338,7 +342,7 @@ def _record(
         seed=seed,
         clean_accuracy=record.Proportion.of(clean_estimate),
         robust_accuracy=record.Proportion.of(robust_estimate),
-        cost=record.CostPerImage(forwards=total.forwards / n, backwards=total.backwards / n),
+        cost=record.CostPerImage(forwards=spent.forwards / n, backwards=spent.backwards / n),
         stages={name: sum(c.stages[name] for c in chunks) for name in chunks[0].stages},
         outcomes=record.Outcomes(clean=clean.mean(0).tolist(), robust=robust.mean(0).tolist()),
         random_score=_random_score(robust, robust_classes, labels, len(dataset.classes), chunks) if defense.random else None,
@@ -347,7 +351,7 @@ def _record(
         precision=precision,
         partial=partial,
         provenance=record.provenance(device),
-        timing=record.Timing(created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(sum(c.seconds for c in chunks), 3)),
+        timing=record.Timing(created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(seconds, 3)),
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The universal perturbation where the best one is known, and its way through an evaluation."""
 
+import time
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from robench import attacks, data, noise, targets
 from robench.aggregate import majority_vote, mean_of_logits
 from robench.attacks import Attack
+from robench.attacks.universal import add
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
 from robench.evaluation import measure
 from robench.noise import Draw, normal
+from robench.record import Record
 from robench.threat import ThreatModel
 
 SHAPE = (3, 4, 4)
@@ -133,6 +136,26 @@ def test_an_evaluation_fits_on_training_images_and_counts_what_that_costs() -> N
     assert made.attack.parameters == {"steps": 40, "images": 300, "batch": 100, "target": -1, "member": -1, "heads": False}
     smaller = measure(target, test, **settings, batch_size=7)
     assert smaller.outcomes == made.outcomes
+
+
+def test_the_time_that_learning_takes_is_the_attacks() -> None:
+    """The record's, and that of a budget of time."""
+
+    def slow(defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int, **_: Any) -> Tensor:
+        time.sleep(0.5)
+        return torch.zeros_like(x[0])
+
+    attack, test = Attack("slow", 1, {"images": 10}, slow, apply=add), data.load("digits", "test").first(20)
+
+    def run(budget: float | None) -> Record:
+        threat = ThreatModel.parse("Linf:8/255")
+        return measure(targets.of_module(Digits()), test, threat, attack, batch_size=10, max_seconds=budget)
+
+    assert 0.5 <= run(None).timing.seconds < 60
+    stopped, ample = run(0.5), run(60.0)
+    assert stopped.dataset.n == 10
+    assert stopped.partial is not None
+    assert (ample.dataset.n, ample.partial) == (20, None)
 
 
 def test_a_data_set_without_training_images_is_an_error_of_one_line() -> None:
