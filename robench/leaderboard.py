@@ -66,7 +66,7 @@ class Row:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the number must know: how a random defense was scored, failed controls, unfinished runs, staleness."""
+        """What a reader of the number must know: a random defense's scoring, failed controls, unfinished and mixed runs, staleness."""
         notes = []
         if score := self.strongest.random_score:
             mean, worst = (f"{100 * share.value:.1f} %" for share in (score.mean, score.worst))
@@ -79,7 +79,8 @@ class Row:
         if not self.trustworthy:
             notes.append("no trustworthy upper bound: every attack that was run fails a control")
         partial = dict.fromkeys(f"partial ({r.attack.name}): {r.partial}" for r in self.records if r.partial is not None)
-        return (*notes, *failed, *partial, *(f"stale: {reason}" for reason in self.stale))
+        mixed = dict.fromkeys(f"made in parts ({r.attack.name}): {r.parts}" for r in self.records if r.parts is not None)
+        return (*notes, *failed, *partial, *mixed, *(f"stale: {reason}" for reason in self.stale))
 
 
 def rows(
@@ -218,7 +219,7 @@ def cells(row: Row) -> list[str]:
         ", ".join(row.attacks),
         f"{_passes(record.cost.forwards)} / {_passes(record.cost.backwards)}",
         record.scale,
-        record.provenance.processor,
+        record.hardware,
         "; ".join(row.verdicts),
         "; ".join(row.notes),
     ]
@@ -250,7 +251,7 @@ def _full(row: Row) -> dict[str, Any]:
         ],
         "cost": record.cost.model_dump(),
         "random_score": record.random_score and record.random_score.model_dump(mode="json"),
-        "hardware": {"device": record.provenance.device, "processor": record.provenance.processor},
+        "hardware": {"device": record.provenance.device, "processor": record.hardware},
         "verdicts": list(row.verdicts),
         "stale": list(row.stale),
         "notes": list(row.notes),
@@ -299,7 +300,7 @@ def _columns(row: Row) -> tuple[Any, ...]:
         record.cost.forwards,
         record.cost.backwards,
         *((score.draws, score.mean.value, score.worst.value) if score else ("", "", "")),
-        record.provenance.processor,
+        record.hardware,
         "; ".join(row.verdicts),
         "; ".join(row.notes),
     )

@@ -1,13 +1,14 @@
 """The universal perturbation where the best one is known, and its way through an evaluation."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, data, noise, targets
+from robench import attacks, data, noise, record, targets
 from robench.aggregate import majority_vote, mean_of_logits
 from robench.attacks import Attack
 from robench.attacks.universal import add
@@ -156,6 +157,20 @@ def test_the_time_that_learning_takes_is_the_attacks() -> None:
     assert stopped.dataset.n == 10
     assert stopped.partial is not None
     assert (ample.dataset.n, ample.partial) == (20, None)
+
+
+def test_what_learnt_is_part_of_what_made_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that attacks nothing itself, since chunks are kept, has still learnt the perturbation and spent the time on it."""
+    threat, attack, test = ThreatModel.parse("Linf:8/255"), attacks.parse("universal,steps=2"), data.load("digits", "test").first(20)
+    made = measure(targets.of_module(Digits()), test, threat, attack, cache=tmp_path)
+    assert made.other_provenance == []
+    later = made.provenance.model_copy(update={"processor": "another processor"})
+    monkeypatch.setattr(record, "provenance", lambda _device: later)
+    again = measure(targets.of_module(Digits()), test, threat, attack, cache=tmp_path)
+    assert sorted(p.processor for p in (again.provenance, *again.other_provenance)) == sorted(
+        p.processor for p in (made.provenance, later)
+    )  # fmt: skip
+    assert again.outcomes == made.outcomes
 
 
 def test_a_data_set_without_training_images_is_an_error_of_one_line() -> None:
