@@ -84,7 +84,8 @@ def outcome(r: Record) -> list[tuple[str, str]]:
     facts += [(f"  control, {name}", f"{100 * value:.1f} %") for name, value in r.controls.items()]
     facts += [(f"  first fooled by {name}", str(count)) for name, count in r.stages.items()]
     facts.append(("cost per image", f"{r.cost.forwards:,.1f} forwards, {r.cost.backwards:,.1f} backwards at the members"))
-    facts.append(("time", f"{r.timing.seconds:,.1f} s on {r.provenance.device} ({r.provenance.processor})"))
+    facts.append(("time", f"{r.timing.seconds:,.1f} s on {r.provenance.device} ({r.hardware})"))
+    facts += [("made in parts", r.parts)] if r.parts else []
     facts += [("partial", r.partial)] if r.partial else []
     failed = "; ".join(map(str, controls.failures(r)))
     if r.defense.random or failed:

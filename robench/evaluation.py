@@ -5,17 +5,16 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, controls, data, record, targets, zoo
+from robench import attacks, contract, controls, data, parts, record, targets, zoo
 from robench.attacks import Attack, Found
 from robench.cost import Cost, counted
 from robench.data import Dataset, as_float
@@ -23,12 +22,12 @@ from robench.defense import Defense
 from robench.errors import OutOfTimeError, UserError
 from robench.estimate import Estimate
 from robench.exact import exact_arithmetic
-from robench.files import write_atomic
 from robench.fingerprint import attacked_hash, state_hash
 from robench.folding import folded
 from robench.noise import Draw
+from robench.parts import Chunk, Controls, Part
 from robench.recipe import Precision
-from robench.record import Record
+from robench.record import Provenance, Record
 from robench.targets import Target
 from robench.threat import ThreatModel
 
@@ -39,7 +38,6 @@ BATCH_SIZE = {"cpu": 100, "cuda": 500}
 """Examples attacked together unless it is said: on a GPU the smallest number that keeps it busy."""
 
 Progress = Callable[[str], None]
-T = TypeVar("T")
 
 
 def evaluate(
@@ -69,23 +67,6 @@ def evaluate(
         ThreatModel.parse(threat) if isinstance(threat, str) else threat,
         attacks.parse(attack) if isinstance(attack, str) else attack, seed=seed, batch_size=batch_size, device=device, scale=scale,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """The outcome of some consecutive examples: predictions (draws, B) on clean and adversarial images, cost and seconds.
-
-    `stages` tells how many of them each stage of the attack was the first to fool, and `counted` how many the attack itself
-    still counts as robust after each, where it makes a count of its own.
-    """
-
-    clean: list[list[int]]
-    robust: list[list[int]]
-    forwards: int
-    backwards: int
-    seconds: float
-    stages: dict[str, int] = field(default_factory=dict)
-    counted: dict[str, int] = field(default_factory=dict)
 
 
 @exact_arithmetic()
@@ -120,8 +101,8 @@ def measure(
         scale: what the record says of the protocol's scale.
         precision: of the attack; every success is scored in float32. bfloat16 on CUDA by default, else float32.
         cache: where finished chunks are kept, so that an interrupted evaluation goes on; None keeps nothing.
-        max_passes: forwards and backwards at the members after which no further chunk of `batch_size` examples is attacked; the
-            record then covers the examples that were, and says so in `partial`.
+        max_passes: forwards and backwards at the members after which no further chunk of `batch_size` examples is attacked, those of
+            learning from training images included; the record then covers the examples that were, and says so in `partial`.
         max_seconds: likewise, of attack time.
         progress: is told a line after each chunk.
         learnt: is given what the attack learnt from training images, if it is one that does.
@@ -129,8 +110,8 @@ def measure(
 
     Raises:
         OutOfTimeError: if `stop` ended the evaluation; with a cache, the next one goes on from there.
-        UserError: for a model that does not fit the data set or returns what is not finite, an attack that leaves the threat
-            model, or an unwritable cache.
+        UserError: for a model that does not fit the data set, returns what is not finite or lets the images of a batch decide on each
+            other, an attack that leaves the threat model, or an unwritable cache.
     """
     defense = target.defense.to(device).eval()
     if precision is None or "batch_size" in attack.parameters:
@@ -140,40 +121,49 @@ def measure(
     state = state_hash(defense)
     targets.check_settled(target, state)
     data.check_labels(dataset.labels, len(dataset.classes))
-    first = as_float(dataset.images[:16]).to(device)
-    logits = _predict_logits(target, first, torch.arange(len(first), device=device), seed, dataset)
+    first = as_float(dataset.images[: contract.TRIED]).to(device)
+    draw = Draw(seed, torch.arange(len(first), device=device)) if defense.random else None
+    logits = contract.honest_logits(target, first, draw, dataset)
     behaviour = attacked_hash(defense, first, logits, seed)
+    made_by = record.provenance(device)
+    started, given = time.monotonic(), attack
     with counted(defense) as learning:
         attack = fitted(attack, target, dataset, threat, seed=seed, device=device)
+    key = _key(target, dataset, threat, attack, seed, size, precision, behaviour)
+    # The key reads what was learnt, so that a GPU is done with it.
+    learning_seconds = time.monotonic() - started
     if attack.learnt is not None:
         learnt(attack.learnt)
-    key = _key(target, dataset, threat, attack, seed, size, precision, behaviour)
     folder = cache / "evaluations" / key if cache else None
-    chunks: list[_Chunk] = []
+    made: list[Part] = [] if attack is given else [Part(provenance=made_by)]
+    chunks: list[Chunk] = []
     partial = None
     for start in range(0, len(dataset), size):
         end = min(start + size, len(dataset))
         path = folder / f"{start:06d}-{end:06d}.json" if folder else None
-        chunk = _load(path, _Chunk)
+        chunk = parts.load(path, Chunk)
         if chunk is None:
             if stop():
                 raise OutOfTimeError(f"the evaluation stopped after {start} of {len(dataset)} examples")
-            chunk = _attack_chunk(target, dataset, start, end, threat, attack, seed, device, precision)
+            chunk = _attack_chunk(target, dataset, start, end, threat, attack, seed, device, precision, made_by)
             targets.check_settled(target, state)
             if path:
-                write_atomic(path, json.dumps(chunk.__dict__))
+                parts.save(chunk, path)
         chunks.append(chunk)
-        passes, seconds = sum(c.forwards + c.backwards for c in chunks), sum(c.seconds for c in chunks)
+        spent = sum((Cost(c.forwards, c.backwards) for c in chunks), learning)
+        passes, seconds = spent.forwards + spent.backwards, learning_seconds + sum(c.seconds for c in chunks)
         robust = np.concatenate([_correct(c.robust, dataset.labels, i * size).mean(0) for i, c in enumerate(chunks)])
         share = f"{end}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}"
         progress(f"{target.name} under {attack.name} within {threat}: {share}")
         if end < len(dataset) and (passes >= (max_passes or math.inf) or seconds >= (max_seconds or math.inf)):
-            spent = f"{passes:,} passes" if passes >= (max_passes or math.inf) else f"{seconds:,.0f} s"
-            partial = f"stopped after {end} of {len(dataset)} examples, its budget of passes or time spent ({spent})"
+            what = f"{passes:,} passes" if passes >= (max_passes or math.inf) else f"{seconds:,.0f} s"
+            partial = f"stopped after {end} of {len(dataset)} examples, its budget of passes or time spent ({what})"
             dataset = dataset.first(end)
             break
-    control = _controls(target, dataset, threat, attack, seed, device, cache, behaviour) if defense.random else {}
-    return _record(target, dataset, threat, attack, seed, scale, precision, device, chunks, learning, control, partial)
+    control = _controls(target, dataset, threat, attack, seed, device, cache, behaviour, made_by) if defense.random else None
+    made += [*chunks, *([control] if control else [])]
+    readings = control.readings if control else {}
+    return _record(target, dataset, threat, attack, seed, scale, precision, chunks, spent, seconds, readings, made, partial)
 
 
 def fitted(attack: Attack, target: Target, dataset: Dataset, threat: ThreatModel, *, seed: int, device: str = "cpu") -> Attack:
@@ -205,38 +195,10 @@ def _key(
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _load(path: Path | None, make: Callable[..., T]) -> T | None:
-    """Return what `make` makes of the file's contents, or None if there is no file."""
-    if path is None or not path.exists():
-        return None
-    try:
-        return make(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is corrupt ({error}); delete it to measure again") from error
-
-
-def _predict_logits(target: Target, x: Tensor, examples: Tensor, seed: int, dataset: Dataset) -> Tensor:
-    """Return logits of clean images, having made sure that they fit the data set and are finite."""
-    with torch.no_grad():
-        try:
-            logits: Tensor = target.defense(x, Draw(seed, examples) if target.defense.random else None)
-        except Exception as error:  # a stranger's code may fail in any way
-            line = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{target.name} fails on images of shape {tuple(x.shape)} of {dataset.name}: {line}") from error
-    targets.check_classes(target, tuple(logits.shape), dataset)
-    if not bool(torch.isfinite(logits).all()):
-        raise UserError(f"{target.name} returns logits that are not finite (NaN or infinity) on clean images of {dataset.name}")
-    if not target.defense.random:
-        with torch.no_grad():
-            again = target.defense(x)
-        if not torch.equal(logits, again):
-            raise UserError(f"{target.name} gives different logits for the same images; declare it random (Defense.random or Plain)")
-    return logits.float()
-
-
 def _attack_chunk(
-    target: Target, dataset: Dataset, start: int, stop: int, threat: ThreatModel, attack: Attack, seed: int, device: str, precision: str
-) -> _Chunk:
+    target: Target, dataset: Dataset, start: int, stop: int, threat: ThreatModel, attack: Attack, seed: int, device: str, precision: str,
+    made_by: Provenance,
+) -> Chunk:  # fmt: skip
     started = time.monotonic()
     defense = target.defense
     x, y = as_float(dataset.images[start:stop]).to(device), dataset.labels[start:stop].to(device)
@@ -248,7 +210,10 @@ def _attack_chunk(
         raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
     clean, robust = predictions(defense, x, examples, seed), predictions(defense, x_adv, examples, seed)
     stages, counted_robust = ({name: int(marks.sum()) for name, marks in by.items()} for by in (found.stages, found.counted))
-    return _Chunk(clean.tolist(), robust.tolist(), cost.forwards, cost.backwards, time.monotonic() - started, stages, counted_robust)
+    return Chunk(
+        provenance=made_by, clean=clean.tolist(), robust=robust.tolist(), forwards=cost.forwards, backwards=cost.backwards,
+        seconds=time.monotonic() - started, stages=stages, counted=counted_robust,
+    )  # fmt: skip
 
 
 def _adversarial(
@@ -298,8 +263,9 @@ def _correct(predicted: list[list[int]], labels: Tensor, start: int) -> "np.ndar
 
 
 def _controls(
-    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, device: str, cache: Path | None, behaviour: str
-) -> dict[str, float]:
+    target: Target, dataset: Dataset, threat: ThreatModel, attack: Attack, seed: int, device: str, cache: Path | None, behaviour: str,
+    made_by: Provenance,
+) -> Controls:  # fmt: skip
     """Return a random defense's controls on the first examples: with no budget the attack must leave the clean accuracy
     standing, with any budget none (see `robench.controls`). They are the same for every budget of a norm, but for an attack that
     learns, whose perturbation is scaled down for the first and learnt anew for the second.
@@ -307,7 +273,7 @@ def _controls(
     few = dataset.first(min(controls.EXAMPLES, len(dataset)))
     key = _key(target, few, ThreatModel(threat.norm, Fraction(0)), attack, seed, len(few), "float32", behaviour)
     path = cache / "evaluations" / key / "controls.json" if cache else None
-    if known := _load(path, dict[str, float]):
+    if known := parts.load(path, Controls):
         return known
     values = few.images[0].numel()
     everything = {"Linf": 1, "L2": int(values**0.5) + 1, "L1": values}[threat.norm]
@@ -317,12 +283,13 @@ def _controls(
         if attack.apply and name == controls.UNBOUNDED:
             attack = fitted(replace(attack, learnt=None), target, dataset, within, seed=seed, device=device)
             results[controls.key(name, controls.CHANCE)] = float(few.labels.bincount().max()) / len(few)
-        chunk = _attack_chunk(target, few, 0, len(few), within, attack, seed, device, "float32")
+        chunk = _attack_chunk(target, few, 0, len(few), within, attack, seed, device, "float32", made_by)
         results[controls.key(name, controls.ROBUST)] = float(_correct(chunk.robust, few.labels, 0).mean())
         results[controls.key(name, controls.CLEAN)] = float(_correct(chunk.clean, few.labels, 0).mean())
+    made = Controls(provenance=made_by, readings=results)
     if path:
-        write_atomic(path, json.dumps(results))
-    return results
+        parts.save(made, path)
+    return made
 
 
 def _record(
@@ -333,10 +300,11 @@ def _record(
     seed: int,
     scale: zoo.Scale,
     precision: str,
-    device: str,
-    chunks: list[_Chunk],
-    learning: Cost,
+    chunks: list[Chunk],
+    spent: Cost,
+    seconds: float,
     control: dict[str, float],
+    made: list[Part],
     partial: str | None,
 ) -> Record:
     labels = dataset.labels.numpy()
@@ -346,8 +314,7 @@ def _record(
     if not target.defense.random:
         # The clean image is in the threat model: what is misclassified there is not robust, wherever the attack ended.
         robust &= clean
-    total = sum((Cost(c.forwards, c.backwards) for c in chunks), learning)
-    defense, n = target.defense, len(dataset)
+    n, (provenance, *others) = len(dataset), parts.provenances(made)
     clean_estimate, robust_estimate = (Estimate.of(correct.mean(0), dataset=dataset.fingerprint) for correct in (clean, robust))
     return Record(
         schema_version=1,
@@ -361,16 +328,17 @@ def _record(
         seed=seed,
         clean_accuracy=record.Proportion.of(clean_estimate),
         robust_accuracy=record.Proportion.of(robust_estimate),
-        cost=record.CostPerImage(forwards=total.forwards / n, backwards=total.backwards / n),
+        cost=record.CostPerImage(forwards=spent.forwards / n, backwards=spent.backwards / n),
         stages={name: sum(c.stages[name] for c in chunks) for name in chunks[0].stages},
         outcomes=record.Outcomes(clean=clean.mean(0).tolist(), robust=robust.mean(0).tolist()),
-        random_score=_random_score(robust, robust_classes, labels, len(dataset.classes), chunks) if defense.random else None,
+        random_score=_random_score(robust, robust_classes, labels, len(dataset.classes), chunks) if target.defense.random else None,
         controls=control,
         training=target.training,
         precision=precision,
         partial=partial,
-        provenance=record.provenance(device),
-        timing=record.Timing(created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(sum(c.seconds for c in chunks), 3)),
+        provenance=provenance,
+        other_provenance=others,
+        timing=record.Timing(created=max(part.created for part in made), seconds=round(seconds, 3)),
     )  # fmt: skip
 
 
@@ -384,7 +352,7 @@ def defense_info(target: Target) -> record.DefenseInfo:
     )  # fmt: skip
 
 
-def _random_score(correct: Any, classes: Any, labels: Any, count: int, chunks: list[_Chunk]) -> record.RandomScore:
+def _random_score(correct: Any, classes: Any, labels: Any, count: int, chunks: list[Chunk]) -> record.RandomScore:
     """Return the three readings of a random defense's outcomes (draws, n), and the attack's own where it has one."""
     votes = np.stack([(classes == c).sum(0) for c in range(count)])
 

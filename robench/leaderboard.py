@@ -66,7 +66,7 @@ class Row:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the number must know: how a random defense was scored, failed controls, unfinished runs, staleness."""
+        """What a reader of the number must know: a random defense's scoring, failed controls, unfinished and mixed runs, staleness."""
         notes = []
         if score := self.strongest.random_score:
             mean, worst = (f"{100 * share.value:.1f} %" for share in (score.mean, score.worst))
@@ -79,7 +79,8 @@ class Row:
         if not self.trustworthy:
             notes.append("no trustworthy upper bound: every attack that was run fails a control")
         partial = dict.fromkeys(f"partial ({r.attack.name}): {r.partial}" for r in self.records if r.partial is not None)
-        return (*notes, *failed, *partial, *(f"stale: {reason}" for reason in self.stale))
+        mixed = dict.fromkeys(f"made in parts ({r.attack.name}): {r.parts}" for r in self.records if r.parts is not None)
+        return (*notes, *failed, *partial, *mixed, *(f"stale: {reason}" for reason in self.stale))
 
 
 def rows(
@@ -134,7 +135,7 @@ def as_table(leaderboard: Sequence[Row]) -> RenderableType:
         # A name is folded, never cut short.
         table.add_column(header, overflow="fold")
     for row in leaderboard:
-        table.add_row(*map(Text, _cells(row)))
+        table.add_row(*map(Text, cells(row)))
     return table
 
 
@@ -143,8 +144,8 @@ def as_markdown(leaderboard: Sequence[Row]) -> str:
     if not leaderboard:
         return EMPTY
     # A bar or a line break in a text would end its cell.
-    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in _cells(row)] for row in leaderboard]
-    return f"{tabulate(cells, headers=HEADERS, tablefmt='github', disable_numparse=True)}\n\n{NOTE}"
+    lines = [[" ".join(cell.replace("|", "\\|").split()) for cell in cells(row)] for row in leaderboard]
+    return f"{tabulate(lines, headers=HEADERS, tablefmt='github', disable_numparse=True)}\n\n{NOTE}"
 
 
 def as_json(leaderboard: Sequence[Row]) -> str:
@@ -187,23 +188,25 @@ def _stale(records: Sequence[Record], attack_versions: Mapping[str, int], defens
     return tuple(dict.fromkeys(reasons))
 
 
+ROBUST, CLEAN, COST, VERDICTS, NOTES = "robust accuracy", "clean accuracy", "forwards/backwards per image", "verdicts", "notes"
 HEADERS = (
     "defense",
     "data",
     "threat",
-    "robust accuracy",
-    "clean accuracy",
+    ROBUST,
+    CLEAN,
     "strongest attack",
     "attacks run",
-    "forwards/backwards per image",
+    COST,
     "scale",
     "hardware",
-    "verdicts",
-    "notes",
+    VERDICTS,
+    NOTES,
 )
 
 
-def _cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
+    """Return a row's texts, one for each of `HEADERS`."""
     record = row.strongest
     return [
         # Without the seed, independently trained copies would look alike.
@@ -214,15 +217,15 @@ def _cells(row: Row) -> list[str]:
         str(row.clean),
         record.attack.name,
         ", ".join(row.attacks),
-        f"{passes(record.cost.forwards)} / {passes(record.cost.backwards)}",
+        f"{_passes(record.cost.forwards)} / {_passes(record.cost.backwards)}",
         record.scale,
-        record.provenance.processor,
+        record.hardware,
         "; ".join(row.verdicts),
         "; ".join(row.notes),
     ]
 
 
-def passes(count: float) -> str:
+def _passes(count: float) -> str:
     """Return passes per image as they are shown."""
     return f"{count:,.0f}" if count >= 10 or count == int(count) else f"{count:.1f}"
 
@@ -248,7 +251,7 @@ def _full(row: Row) -> dict[str, Any]:
         ],
         "cost": record.cost.model_dump(),
         "random_score": record.random_score and record.random_score.model_dump(mode="json"),
-        "hardware": {"device": record.provenance.device, "processor": record.provenance.processor},
+        "hardware": {"device": record.provenance.device, "processor": record.hardware},
         "verdicts": list(row.verdicts),
         "stale": list(row.stale),
         "notes": list(row.notes),
@@ -297,7 +300,7 @@ def _columns(row: Row) -> tuple[Any, ...]:
         record.cost.forwards,
         record.cost.backwards,
         *((score.draws, score.mean.value, score.worst.value) if score else ("", "", "")),
-        record.provenance.processor,
+        record.hardware,
         "; ".join(row.verdicts),
         "; ".join(row.notes),
     )

@@ -6,7 +6,7 @@ from typing import Any
 import jinja2
 
 from robench.estimate import Estimate
-from robench.leaderboard import EMPTY, HEADERS, NOTE, Row, passes
+from robench.leaderboard import CLEAN, COST, EMPTY, HEADERS, NOTE, NOTES, ROBUST, VERDICTS, Row, cells
 
 FILTERS = ("dataset", "threat", "scale")
 
@@ -21,24 +21,16 @@ def as_html(leaderboard: Sequence[Row]) -> str:
 
 
 def _row(row: Row) -> dict[str, Any]:
+    """Return the texts of `cells` by header, and what the page shows or sorts by in their place."""
     record = row.strongest
     return {
         "filters": {"dataset": record.dataset.name, "threat": record.threat, "scale": record.scale},
-        "defense": f"{record.defense.name} (seed {record.defense.training_seed})",
-        "dataset": record.dataset.name,
-        "threat": record.threat,
-        "robust": _share(row.robust, row.bound) | {"untrusted": not row.trustworthy},
-        "clean": _share(row.clean, str(row.clean)) | {"untrusted": False},
-        "strongest": record.attack.name,
-        "attacks": ", ".join(row.attacks),
-        "cost": f"{passes(record.cost.forwards)} / {passes(record.cost.backwards)}",
-        "passes": record.cost.forwards + record.cost.backwards,
-        "scale": record.scale,
-        "hardware": record.provenance.processor,
-        "verdicts": row.verdicts,
-        "notes": row.notes,
+        "texts": dict(zip(HEADERS, cells(row), strict=True)),
+        "shares": {ROBUST: _share(row.robust) | {"untrusted": not row.trustworthy}, CLEAN: _share(row.clean) | {"untrusted": False}},
+        "numbers": {COST: record.cost.forwards + record.cost.backwards},
+        "lists": {VERDICTS: row.verdicts, NOTES: row.notes},
     }
 
 
-def _share(estimate: Estimate, text: str) -> dict[str, Any]:
-    return {"text": text, **{name: round(100 * getattr(estimate, name), 3) for name in ("value", "low", "high")}}
+def _share(estimate: Estimate) -> dict[str, Any]:
+    return {name: round(100 * getattr(estimate, name), 3) for name in ("value", "low", "high")}

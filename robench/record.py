@@ -146,7 +146,7 @@ class RandomScore(_Model):
 
 
 class Provenance(_Model):
-    """What made the record: source, library versions and hardware."""
+    """What computed something: source, library versions and hardware."""
 
     commit: str
     dirty: bool
@@ -157,7 +157,7 @@ class Provenance(_Model):
 
 
 class Timing(_Model):
-    """When the measurement was made (ISO 8601, UTC) and how long it took, in seconds of wall time."""
+    """When the last of the measurement was done (ISO 8601, UTC) and how long all of it took, in seconds of wall time."""
 
     created: Time
     seconds: Annotated[float, Field(ge=0)]
@@ -166,7 +166,9 @@ class Timing(_Model):
 class Record(_Model):
     """One measurement: a defense under an attack. Its accuracies must be those of its outcomes.
 
-    `stages` tells, for an attack of several stages, how many examples each was the first to fool, in the order run.
+    `stages` tells, for an attack of several stages, how many examples each was the first to fool, in the order run. Where an interrupted
+    measurement went on with another commit or on another machine, `other_provenance` tells of the others that made parts of it, and
+    `provenance` of one with uncommitted changes where there was such, else of the first.
     """
 
     schema_version: Literal[1] = 1
@@ -187,7 +189,19 @@ class Record(_Model):
     precision: str
     partial: str | None = None
     provenance: Provenance
+    other_provenance: list[Provenance] = Field(default_factory=list)
     timing: Timing
+
+    @property
+    def hardware(self) -> str:
+        """The processors that the measurement was made on."""
+        return ", ".join(dict.fromkeys(made.processor for made in (self.provenance, *self.other_provenance)))
+
+    @property
+    def parts(self) -> str | None:
+        """What made the parts of the measurement, in one line; None where one process could have made all."""
+        made = [self.provenance, *self.other_provenance]
+        return "; ".join(map(_described, made)) if len(made) > 1 else None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -213,7 +227,11 @@ def identity(record: Record) -> str:
 
     The same command on the same machine gives the same identity.
     """
-    kept = record.model_dump(mode="json", exclude={"timing": True, "provenance": {"commit", "dirty"}})
+    kept = record.model_dump(mode="json", exclude={"timing": True, "provenance": {"commit", "dirty"}, "other_provenance": True})
+    others = [made.model_dump(mode="json", exclude={"commit", "dirty"}) for made in record.other_provenance]
+    # Another commit on the same machine is left out, as above.
+    if others := [other for i, other in enumerate(others) if other not in [kept["provenance"], *others[:i]]]:
+        kept["other_provenance"] = others
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -248,7 +266,8 @@ def save(record: Record, folder: Path) -> Path:
 
 def to_json(record: Record) -> str:
     """Return the record as JSON of one line per value, but one line for each list of outcomes."""
-    head = json.dumps(record.model_dump(mode="json", exclude={"outcomes"}), indent=1).removesuffix("\n}")
+    unsaid = {"outcomes"} if record.other_provenance else {"outcomes", "other_provenance"}
+    head = json.dumps(record.model_dump(mode="json", exclude=unsaid), indent=1).removesuffix("\n}")
     lists = {"clean": record.outcomes.clean, "robust": record.outcomes.robust}
     lines = [
         f'  "{name}": {json.dumps([int(v) if v in (0, 1) else v for v in values], separators=(",", ":"))}' for name, values in lists.items()
@@ -322,6 +341,12 @@ def worst_case(records: Sequence[Record]) -> tuple[Estimate, Record]:
 
 def _estimate(record: Record, values: list[float]) -> Estimate:
     return Estimate.of(values, examples=range(len(values)), dataset=record.dataset.fingerprint)
+
+
+def _described(made: Provenance) -> str:
+    changes = " with uncommitted changes" if made.dirty else ""
+    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+    return f"commit {made.commit[:12]}{changes} on {made.device} ({made.processor}, threads: {made.threads}; {versions})"
 
 
 def provenance(device: str | torch.device) -> Provenance:

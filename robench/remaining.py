@@ -1,5 +1,6 @@
 """What is still to be trained of a defense of the zoo: its unfinished stages, and how much work each is."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,10 +79,12 @@ def _members(module: nn.Module) -> int:
 
 
 def _epochs_kept(checkpoint: Path) -> int:
+    """Return the epochs that training would go on from: none where a checkpoint has no history of them, which it ignores."""
     try:
         with safetensors.safe_open(checkpoint, framework="pt") as saved:
-            return int(saved.get_tensor("epoch"))
+            epochs, history = int(saved.get_tensor("epoch")), json.loads((saved.metadata() or {}).get(training.HISTORY, "[]"))
     except FileNotFoundError:
         return 0
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
         raise UserError(f"weights file {checkpoint} is corrupt or unreadable ({error}); delete it to train again") from error
+    return epochs if len(history) == epochs else 0

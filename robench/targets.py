@@ -106,7 +106,7 @@ def trained(
     """Return a defense of the zoo with weights that were pulled or come with the zoo, else trained on the training split of `dataset`.
 
     See `resolve`; `ready_made` False trains, unless it was trained here before, whatever other weights there are, and `anew` trains in
-    any case. `stop` may end the training with OutOfTimeError, as `training.train` says.
+    any case, after which that is used until weights are pulled. `stop` may end the training with OutOfTimeError, as `training.train` says.
     """
     setting, entry = setting_for(dataset, scale, seed), named.entry
     specimen = named.build(setting)
@@ -122,6 +122,9 @@ def trained(
             history = training.train(
                 defense, stages, split, folder=folder / "training", device=device, anew=anew, progress=progress, stop=stop
             )  # fmt: skip
+            if anew:
+                # Else the next evaluation would take the weights that were not wanted.
+                weights.prefer_own(named, setting, cache=folder)
             summary = recipe.summary(stages, [training.precision(stage.recipe, device) for stage in stages])
             summary |= overfitting.report(history)
     return Target(defense.eval(), named.text, entry.version, "zoo", entry.paper.arxiv, seed, summary)

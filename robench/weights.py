@@ -36,6 +36,9 @@ from robench.recipe import Precision, Stage, plain, summary
 
 CONFIG, STATE, CARD, RECORDS, FOLDER = "config.json", "model.safetensors", "README.md", "records", "weights"
 
+OWN = "trained-here"
+"""An empty file in a defense's folder in the cache: it was trained anew here since the last pull, which is what is to be used."""
+
 TOLERANCE = 1e-3
 """Of the reference logits, absolute and relative: machines differ by less, a changed stride or aggregation by more."""
 
@@ -165,6 +168,20 @@ def save(folder: Path, config: Config, content: bytes) -> None:
     """Write weights into a folder, what describes them last, so that an interrupted write is never taken for weights."""
     write_atomic(folder / STATE, content)
     write_atomic(folder / CONFIG, to_json(config))
+    (folder / OWN).unlink(missing_ok=True)
+
+
+def prefer_own(named: zoo.Named, setting: zoo.Setting, *, cache: Path) -> None:
+    """Let `find` pass over whatever weights of a defense were pulled or come with the zoo, until the next pull of it.
+
+    Raises:
+        UserError: if the cache cannot be written.
+    """
+    write_atomic(_pulled(named, setting, cache) / OWN, "")
+
+
+def _pulled(named: zoo.Named, setting: zoo.Setting, cache: Path) -> Path:
+    return cache / FOLDER / folder_name(named.text, setting.dataset, setting.scale, setting.seed)
 
 
 def to_json(config: Config) -> str:
@@ -182,7 +199,7 @@ def folder_name(defense: str, dataset: str, scale: str, seed: int) -> str:
 def find(
     named: zoo.Named, setting: zoo.Setting, split: Dataset, *, cache: Path, progress: Callable[[str], None] = lambda _line: None
 ) -> Trained | None:
-    """Return a defense with weights that were pulled or that come with the zoo, or None.
+    """Return a defense with weights that were pulled or that come with the zoo, or None; None too where `prefer_own` said so.
 
     Weights that the code no longer describes are passed over, and `progress` is told why.
 
@@ -196,9 +213,11 @@ def find(
     Raises:
         UserError: for weights that are corrupt.
     """
-    name = folder_name(named.text, setting.dataset, setting.scale, setting.seed)
+    pulled = _pulled(named, setting, cache)
+    if (pulled / OWN).exists():
+        return None
     beside = Path(inspect.getsourcefile(named.entry.factory) or ".").parent
-    for folder in (cache / FOLDER / name, beside / FOLDER / name):
+    for folder in (pulled, beside / FOLDER / pulled.name):
         if not (folder / CONFIG).exists():
             continue
         try:

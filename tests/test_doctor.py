@@ -16,7 +16,7 @@ from robench.aggregate import crossmax, majority_vote, mean_of_logits
 from robench.attacks import Attack
 from robench.cli import main
 from robench.data import Dataset
-from robench.defense import Defense, Ensemble
+from robench.defense import Defense, Ensemble, Plain
 from robench.doctor import Diagnosis, attack_checks
 from robench.doctor.examination import Examination, Run
 from robench.doctor.finding import Finding, clearly_lower
@@ -182,6 +182,14 @@ def test_training_mode_is_found(examine: Examine, networks: list[nn.Module]) -> 
     assert finding.flagged
     assert finding.values["modules in training mode"] > 0
     assert finding.values["depend on the batch"] > 0
+
+
+def test_noise_by_the_batch_is_no_dependence_on_its_images(examine: Examine, networks: list[nn.Module]) -> None:
+    """A library's noise is drawn for the whole batch, from its first image's seed."""
+    module = Changed(networks[0], before=lambda x: x + 0.05 * torch.randn_like(x))
+    diagnosis = examine(Plain(module, random=True))
+    assert found(diagnosis, "evaluation mode").values == {"modules in training mode": 0, "depend on the batch": 0}
+    assert diagnosis.decided_by == ()
 
 
 # Black box: the attack is another's, and may not be there

@@ -1,6 +1,7 @@
 """Evaluation on models whose robust accuracy is known, and the promises of a record: repeatable, resumable, checked."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -19,7 +20,7 @@ from robench.defense import Defense, Ensemble, Plain
 from robench.errors import UserError
 from robench.evaluation import SCORING_DRAWS, evaluate, measure, predictions
 from robench.noise import Draw
-from robench.record import Record
+from robench.record import Provenance, Record
 from robench.surrogate import Substitute
 from robench.threat import ThreatModel
 
@@ -195,8 +196,9 @@ class Counting(nn.Module):
         return logits
 
 
-LOOKED_AT = 5 * 16
-"""Images by which each process knows the model: for its logits twice, its predictors' logits, and the gradients of both."""
+LOOKED_AT = 9 * 16
+"""Images by which each process knows the model: for its logits twice, four times in other company, for its predictors' logits, and for
+the gradients of both."""
 
 
 def stop_after(chunks: int) -> Callable[[str], None]:
@@ -301,13 +303,92 @@ def test_results_of_a_model_with_the_same_logits_that_attacks_see_otherwise_are_
     assert len(list((tmp_path / "evaluations").iterdir())) == 2
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"clean": []}'])
+HERE = record.provenance("cpu")
+BEFORE = HERE.model_copy(update={"commit": "1" * 40, "dirty": False})
+AFTER = BEFORE.model_copy(update={"commit": "2" * 40, "processor": "another processor"})
+
+
+@pytest.fixture
+def made_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Provenance], None]:
+    """Let what is measured from now on be another process's work."""
+    return lambda made: monkeypatch.setattr(record, "provenance", lambda _device: made)
+
+
+def kept(cache: Path) -> list[dict[str, Any]]:
+    """Return the chunks in a cache, each said to have been made in a year of its own, from 2001 on."""
+    found = []
+    for number, path in enumerate(sorted(cache.glob("evaluations/*/0*.json")), start=1):
+        content = json.loads(path.read_text()) | {"created": f"200{number}-01-01T00:00:00+00:00"}
+        path.write_text(json.dumps(content))
+        found.append(content)
+    return found
+
+
+@pytest.mark.parametrize("model", [linear, lambda: NoisyLinear()], ids=["deterministic", "random"])
+def test_a_record_from_the_cache_is_by_what_made_its_chunks(
+    model: Callable[[], nn.Module], made_by: Callable[[Provenance], None], tmp_path: Path
+) -> None:
+    made_by(BEFORE)
+    measured(model(), batch_size=10, cache=tmp_path)
+    chunks = kept(tmp_path)
+    for path in tmp_path.glob("evaluations/*/controls.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"created": "2004-01-01T00:00:00+00:00"}))
+    made_by(AFTER)
+    again = measured(model(), batch_size=10, cache=tmp_path)
+    assert (again.provenance, again.other_provenance, again.parts) == (BEFORE, [], None)
+    assert again.timing.created == "2005-01-01T00:00:00+00:00"
+    assert again.timing.seconds == pytest.approx(sum(chunk["seconds"] for chunk in chunks), abs=1e-3)
+
+
+@pytest.mark.parametrize(("first", "second"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_record_of_two_processes_tells_of_both_and_first_of_uncommitted_changes(
+    first: bool, second: bool, made_by: Callable[[Provenance], None], tmp_path: Path
+) -> None:
+    before, after = BEFORE.model_copy(update={"dirty": first}), AFTER.model_copy(update={"dirty": second})
+    made_by(before)
+    with pytest.raises(KeyboardInterrupt):
+        measured(linear(), batch_size=10, cache=tmp_path, progress=stop_after(3))
+    kept(tmp_path)
+    made_by(after)
+    both = measured(linear(), batch_size=10, cache=tmp_path)
+    expected = [after, before] if second and not first else [before, after]
+    assert [both.provenance, *both.other_provenance] == expected
+    assert record.Record.model_validate_json(record.to_json(both)) == both
+    assert both.timing.created > "2020"
+
+
+def test_controls_that_another_process_made_are_told_of(made_by: Callable[[Provenance], None], tmp_path: Path) -> None:
+    made_by(BEFORE)
+    measured(NoisyLinear(), batch_size=50, cache=tmp_path)
+    for path in tmp_path.glob("evaluations/*/0*.json"):
+        path.unlink()
+    made_by(AFTER.model_copy(update={"dirty": True}))
+    made = measured(NoisyLinear(), batch_size=50, cache=tmp_path)
+    assert made.provenance.dirty
+    assert made.other_provenance == [BEFORE]
+
+
+@pytest.mark.parametrize("chunk", [True, False], ids=["chunk", "controls"])
+def test_unfinished_work_that_does_not_say_what_made_it_is_done_again(chunk: bool, tmp_path: Path) -> None:
+    """That of an earlier release."""
+    expected = measured(NoisyLinear(), batch_size=50, cache=tmp_path)
+    (path,) = tmp_path.glob("evaluations/*/0*.json" if chunk else "evaluations/*/controls.json")
+    content = json.loads(path.read_text())
+    del content["provenance"], content["created"]
+    path.write_text(json.dumps(content if chunk else content["readings"]))
+    again, third = NoisyLinear(), NoisyLinear()
+    assert record.identity(measured(again, batch_size=50, cache=tmp_path)) == record.identity(expected)
+    assert record.identity(measured(third, batch_size=50, cache=tmp_path)) == record.identity(expected)
+    assert len(again.draws) > len(third.draws)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"provenance": []}'])
 @pytest.mark.parametrize("name", ["0*.json", "controls.json"])
 def test_a_corrupt_file_of_unfinished_work_is_an_error_of_one_line(name: str, content: str, tmp_path: Path) -> None:
     measured(NoisyLinear(), cache=tmp_path, batch_size=50)
     (path,) = tmp_path.glob(f"evaluations/*/{name}")
     if name == "controls.json" and content.startswith('{"'):
-        content = '{"clean": '
+        content = '{"readings": '
     path.write_text(content)
     with pytest.raises(UserError, match=r"is corrupt \(.*\); delete it to measure again$"):
         measured(NoisyLinear(), cache=tmp_path, batch_size=50)

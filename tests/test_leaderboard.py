@@ -137,6 +137,16 @@ def test_a_random_defense_says_how_it_was_scored(make_record: Build) -> None:
     assert json.loads(as_json(made))["rows"][0]["random_score"]["worst"] == worst
 
 
+def test_a_row_says_that_a_record_was_made_in_parts_and_names_every_processor(make_record: Build) -> None:
+    other = make_record().provenance.model_dump() | {"commit": "1" * 40, "processor": "Another"}
+    made = rows([make_record(other_provenance=[other]), make_record([1, 1, 1], attack={"name": "fgsm"})])
+    (note,) = made[0].notes
+    assert note.startswith("made in parts (pgd-20): commit 000000000000 on cpu (A processor, threads: 1; torch 2.11); commit 1111")
+    assert "A processor, Another" in as_markdown(made)
+    (cells,) = csv.DictReader(io.StringIO(as_csv(made)))
+    assert cells["hardware"] == json.loads(as_json(made))["rows"][0]["hardware"]["processor"] == "A processor, Another"
+
+
 def test_every_rendering_has_the_same_numbers(make_record: Build) -> None:
     record = make_record([1, 0, 1], defense={"name": "odd|name[red],k=1"}, partial="stopped after\n2 of 3 stages")
     made = rows([record], verdicts={"odd|name[red],k=1": ["R1: holds", "R4: broken"], "other": ["R2: holds"]})

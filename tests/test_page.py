@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from robench.leaderboard import EMPTY, HEADERS, rows
+from robench.leaderboard import EMPTY, HEADERS, cells, rows
 from robench.page import as_html
 from robench.record import Record
 
@@ -67,6 +67,14 @@ def test_the_page_holds_every_row_with_its_interval(page: str) -> None:
     assert found[0][3] == "≤ 75.0 % [30.1, 95.4] (n=4)"
     assert found[0][7] == "12,346 / 2.2"
     assert found[0][10] == "1 a claim: reproduced, holds"
+
+
+def test_the_page_says_what_the_table_says(make_record: Build) -> None:
+    (row,) = made = rows([make_record([1, 0, 0.5], defense={"random": True})], verdicts={})
+    (_, shown), texts = Reader(as_html(made)).rows, cells(row)
+    assert shown[:-2] == texts[:-2]
+    assert row.notes
+    assert shown[-2:] == ["", f"{len(row.notes)} {' '.join(row.notes)}"]
 
 
 def test_texts_are_escaped(page: str) -> None:

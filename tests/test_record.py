@@ -71,6 +71,24 @@ def test_the_identity_is_what_was_measured_not_when_or_from_which_commit(make_re
     assert len({identity(make_record(**change)) for change in changes} - {identity(record)}) == len(changes)
 
 
+def test_what_made_other_parts_is_told_and_another_commit_changes_no_identity(make_record: Build) -> None:
+    alone = make_record()
+    assert '"other_provenance"' not in records.to_json(alone)
+    assert (alone.parts, alone.hardware) == (None, "A processor")
+    other, machine = ({**alone.provenance.model_dump(), "commit": "1" * 40, "dirty": True} | more for more in ({}, {"processor": "B"}))
+    twice, moved = make_record(other_provenance=[other]), make_record(other_provenance=[other, machine])
+    for record in (twice, moved):
+        assert Record.model_validate_json(records.to_json(record)) == record
+    assert identity(twice) == identity(alone)
+    assert identity(moved) != identity(alone)
+    assert identity(moved) == identity(make_record(other_provenance=[machine, machine | {"commit": "2" * 40}]))
+    assert (twice.hardware, moved.hardware) == ("A processor", "A processor, B")
+    assert twice.parts == (
+        "commit 000000000000 on cpu (A processor, threads: 1; torch 2.11); "
+        "commit 111111111111 with uncommitted changes on cpu (A processor, threads: 1; torch 2.11)"
+    )  # fmt: skip
+
+
 def test_file_names_are_safe_readable_and_different_for_different_measurements(make_record: Build) -> None:
     name = file_name(make_record(seed=3, defense={"training_seed": 7}))
     assert name.startswith("digits_Linf-8-255_robust-average,k=8,eps=0.22_pgd-20_smoke_n3_s3t7_")

@@ -1,18 +1,22 @@
 """The universal perturbation where the best one is known, and its way through an evaluation."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, data, noise, targets
-from robench.aggregate import mean_of_logits
+from robench import attacks, data, noise, record, targets
+from robench.aggregate import majority_vote, mean_of_logits
 from robench.attacks import Attack
+from robench.attacks.universal import add
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
 from robench.evaluation import measure
 from robench.noise import Draw, normal
+from robench.record import Record
 from robench.threat import ThreatModel
 
 SHAPE = (3, 4, 4)
@@ -83,6 +87,17 @@ def test_a_member_is_fooled_alone_and_heads_together() -> None:
     assert (learnt["heads=true"] > 0).all()
 
 
+def test_heads_are_all_that_a_nested_ensemble_has_within() -> None:
+    """Two pairs and a network alone count as five networks; the pairs' votes have no gradient to give."""
+    threat, networks = ThreatModel.parse("Linf:0.1"), [Linear(number) for number in range(5)]
+    pairs = [Ensemble(networks[:2], majority_vote), Ensemble(networks[2:4], majority_vote)]
+    nested, flat = Ensemble([*pairs, networks[4]], mean_of_logits), Ensemble(networks, mean_of_logits)
+    learnt, expected = (fit("universal,steps=50,heads=true", defense, threat).learnt for defense in (nested, flat))
+    assert learnt is not None
+    assert expected is not None
+    assert torch.equal(learnt, expected)
+
+
 @pytest.mark.parametrize(("settings", "says"), [
     ("target=3", "a class from 0 to 2"), ("target=-2", "a class from 0 to 2"),
     ("member=1", "from 0 to 0"), ("member=0,heads=true", "exclude"),
@@ -122,6 +137,40 @@ def test_an_evaluation_fits_on_training_images_and_counts_what_that_costs() -> N
     assert made.attack.parameters == {"steps": 40, "images": 300, "batch": 100, "target": -1, "member": -1, "heads": False}
     smaller = measure(target, test, **settings, batch_size=7)
     assert smaller.outcomes == made.outcomes
+
+
+def test_the_time_that_learning_takes_is_the_attacks() -> None:
+    """The record's, and that of a budget of time."""
+
+    def slow(defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int, **_: Any) -> Tensor:
+        time.sleep(0.5)
+        return torch.zeros_like(x[0])
+
+    attack, test = Attack("slow", 1, {"images": 10}, slow, apply=add), data.load("digits", "test").first(20)
+
+    def run(budget: float | None) -> Record:
+        threat = ThreatModel.parse("Linf:8/255")
+        return measure(targets.of_module(Digits()), test, threat, attack, batch_size=10, max_seconds=budget)
+
+    assert 0.5 <= run(None).timing.seconds < 60
+    stopped, ample = run(0.5), run(60.0)
+    assert stopped.dataset.n == 10
+    assert stopped.partial is not None
+    assert (ample.dataset.n, ample.partial) == (20, None)
+
+
+def test_what_learnt_is_part_of_what_made_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that attacks nothing itself, since chunks are kept, has still learnt the perturbation and spent the time on it."""
+    threat, attack, test = ThreatModel.parse("Linf:8/255"), attacks.parse("universal,steps=2"), data.load("digits", "test").first(20)
+    made = measure(targets.of_module(Digits()), test, threat, attack, cache=tmp_path)
+    assert made.other_provenance == []
+    later = made.provenance.model_copy(update={"processor": "another processor"})
+    monkeypatch.setattr(record, "provenance", lambda _device: later)
+    again = measure(targets.of_module(Digits()), test, threat, attack, cache=tmp_path)
+    assert sorted(p.processor for p in (again.provenance, *again.other_provenance)) == sorted(
+        p.processor for p in (made.provenance, later)
+    )  # fmt: skip
+    assert again.outcomes == made.outcomes
 
 
 def test_a_data_set_without_training_images_is_an_error_of_one_line() -> None:

@@ -1,5 +1,6 @@
 """Shared weights: what describes them, where they are found, and that they are used only for what they were trained for."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from robench import claim, data, demo, targets, weights, zoo
 from robench.cli import main
-from robench.errors import UserError
+from robench.errors import OutOfTimeError, UserError
 from robench.fingerprint import reference_logits, state_hash
 from robench.recipe import Stage
 from robench.targets import Target
@@ -207,6 +208,31 @@ def test_train_takes_what_is_there_unless_asked_to_train(shared: Path, tmp_path:
     # The same training gives the same weights, which is what --fresh is for.
     hashes = {line for result in (taken, anew, again) for line in result.stdout.splitlines() if "SHA-256" in line}
     assert len({line.split()[-1] for line in hashes}) == 1
+
+
+def test_what_was_trained_anew_is_used_until_the_next_pull(shared: Path, tmp_path: Path) -> None:
+    """It would be evaluated and pushed under the hash of other weights, as a machine of another kind makes of the same training."""
+    cache, lines = tmp_path / "there", list[str]()
+    config, content = weights.read_config(shared / CONFIG).model_copy(update={"source": "a/b@c"}), (shared / STATE).read_bytes()
+    weights.save(shared, config, content)
+    trained(cache, anew=True)
+    made = trained(cache, lines)
+    assert lines == ["stage 1/1 already trained"]
+    assert made.training is not None
+    assert "weights" not in made.training
+    assert weights.kept(zoo.parse("tiny"), SETTING, SPLIT, cache=cache, device="cpu")[0].training == made.training
+    weights.save(shared, config, content)
+    trained(cache, lines)
+    assert lines[1:] == ["weights from a/b@c"]
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_fresh_training_that_was_stopped_changes_nothing(shared: Path, tmp_path: Path, stopped: bool) -> None:
+    lines: list[str] = []
+    with contextlib.suppress(OutOfTimeError):
+        trained(tmp_path / "there", anew=True, stop=lambda: stopped)
+    trained(tmp_path / "there", lines)
+    assert lines == (["weights from the zoo"] if stopped else ["stage 1/1 already trained"])
 
 
 # --- what comes with the zoo

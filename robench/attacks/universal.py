@@ -9,6 +9,7 @@ from torch import Tensor
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import register
 from robench.attacks.steps import steepest
+from robench.attacks.transfer import mean_surrogate
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.losses import cross_entropy
@@ -52,7 +53,7 @@ def universal(
         batch: images of a step.
         target: the class to lead all images to; -1 for none.
         member: the predictor to fool, counted from 0; -1 for the prediction.
-        heads: whether every predictor is fooled at once, by the mean of their losses.
+        heads: whether every predictor is fooled at once, by the mean of their losses; those within a nested defense in its place.
 
     Raises:
         UserError: for a target or member that does not exist, or both a member and heads.
@@ -66,6 +67,9 @@ def universal(
         raise UserError(f"attack 'universal': target must be a class from 0 to {first.shape[2] - 1}, or -1 for none, not {target}")
     if not -1 <= member < first.shape[1]:
         raise UserError(f"attack 'universal': member must be from 0 to {first.shape[1] - 1}, or -1 for the prediction, not {member}")
+    if heads:
+        # The surrogate has the innermost predictors; what the guide lets the objective see is all that counts of it.
+        defense = mean_surrogate(defense)
     guide: Guide | None = None
     if heads or member >= 0:
         guide = lambda predictors: predictors if heads else predictors[:, member : member + 1]  # noqa: E731

@@ -57,7 +57,7 @@ def zoo_list(as_json: bool, plugins: tuple[Path, ...]) -> None:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Tells independently trained copies apart.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Train so many copies, from --seed on.")
 @click.option("--budget", metavar="DURATION", help="Train each copy for as many epochs as fit: 9m, 1h30m.")
-@click.option("--fresh", is_flag=True, help="Train anew, whatever weights there are.")
+@click.option("--fresh", is_flag=True, help="Train anew, whatever weights there are, and use that until a pull.")
 @device_option
 @cache_option
 @plugin_option

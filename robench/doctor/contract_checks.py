@@ -3,18 +3,13 @@
 import torch
 from torch import Tensor
 
-from robench import targets
+from robench import contract
 from robench.data import Dataset, as_float
 from robench.defense import Defense, Plain
 from robench.doctor.finding import CARLINI, Finding
 from robench.errors import UserError
 from robench.noise import Draw, isolated_generator
 from robench.targets import Target
-
-TRIED = 16
-"""Images on which the contract is checked."""
-ROUNDING = 1e-2
-"""Relative difference of logits that a batch of another size may make: TensorFloat-32 keeps ten bits."""
 
 
 def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[Defense, list[Finding]]:
@@ -28,14 +23,12 @@ def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[
     if len(dataset.classes) < 2:
         raise UserError(f"the doctor needs at least 2 classes, and {dataset.name} has {len(dataset.classes)}")
     defense = target.defense.to(device).eval()
-    x = as_float(dataset.images[:TRIED]).to(device)
+    x = as_float(dataset.images[: contract.TRIED]).to(device)
     draw = Draw(seed, torch.arange(len(x), device=device)) if defense.random else None
     with isolated_generator(seed, device):
-        logits, again = (_forward(target, x, draw, dataset) for _ in range(2))
-        apart = torch.cat([_forward(target, pair, _part(draw, part), dataset) for part, pair in _pairs(x)])
+        logits, again = (contract.logits(target, x, draw, dataset) for _ in range(2))
     differs = float((logits != again).any(1).double().mean())
-    scale = logits.abs().max().clamp(min=1e-12)
-    by_batch = float((((logits - apart).abs() / scale).amax(1) > ROUNDING).double().mean())
+    by_batch = float((contract.moved_by_others(target, x, draw, dataset) > contract.MOVED).double().mean())
     declared = "random" if defense.random else "deterministic"
     findings = [
         Finding(
@@ -43,34 +36,10 @@ def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[
             f"share of images whose logits differ between two forwards, for a defense declared {declared}"
             + (", on the same draw" if defense.random else ""), CARLINI,
         ),
-        _mode(defense, by_batch if differs == 0 else 0.0),
+        _mode(defense, by_batch),
         _probabilities(logits),
     ]  # fmt: skip
     return (Plain(defense, random=True).eval() if differs and not defense.random else defense), findings
-
-
-def _pairs(x: Tensor) -> list[tuple[slice, Tensor]]:
-    """Return the images in batches of two: statistics of so few differ, and one alone makes some layers fail."""
-    starts = range(0, max(len(x) - 1, 1), 2)
-    parts = [slice(start, len(x) if start == starts[-1] else start + 2) for start in starts]
-    return [(part, x[part]) for part in parts]
-
-
-def _part(draw: Draw | None, part: slice) -> Draw | None:
-    return None if draw is None else Draw(draw.seed, draw.examples[part], draw.number)
-
-
-@torch.no_grad()
-def _forward(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Tensor:
-    try:
-        logits: Tensor = target.defense(x, draw)
-    except Exception as error:  # a stranger's code may fail in any way
-        line = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{target.name} fails on images of shape {tuple(x.shape)} of {dataset.name}: {line}") from error
-    targets.check_classes(target, tuple(logits.shape), dataset)
-    if not bool(torch.isfinite(logits).all()):
-        raise UserError(f"{target.name} returns logits that are not finite (NaN or infinity) on clean images of {dataset.name}")
-    return logits.float()
 
 
 def _mode(defense: Defense, by_batch: float) -> Finding:

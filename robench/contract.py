@@ -1,0 +1,87 @@
+"""What every defense has to keep to before any attack is run: logits that fit, that are finite, and that are each image's own."""
+
+import torch
+from torch import Tensor
+
+from robench import targets
+from robench.data import Dataset
+from robench.errors import UserError
+from robench.noise import Draw, isolated_generator
+from robench.targets import Target
+
+TRIED = 16
+"""Images on which the contract is checked."""
+MOVED = 1e-3
+"""How far other images in its batch may move an image's logits, as a share of the largest logit. In batches of one size the same numbers
+are added in the same order, so that honest logits do not move at all; what is computed on a part of the batch may round otherwise."""
+
+
+def honest_logits(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Tensor:
+    """Return logits (B, classes) in float32 of clean images (B, C, H, W), having made sure that the defense keeps to the contract.
+
+    Args:
+        target: in evaluation mode.
+        x: the images.
+        draw: for them, of a random defense.
+        dataset: whose images they are.
+
+    Raises:
+        UserError: if the model fails, its logits do not fit the data set, are not finite, differ between two forwards of a deterministic
+            defense, or depend on the other images in the batch.
+    """
+    found = logits(target, x, draw, dataset)
+    if draw is None and not torch.equal(found, logits(target, x, None, dataset)):
+        raise UserError(f"{target.name} gives different logits for the same images; declare it random (Defense.random or Plain)")
+    if (moved := float(moved_by_others(target, x, draw, dataset).amax())) > MOVED:
+        raise UserError(
+            f"{target.name} answers an image by the others in its batch (these move its logits by {moved:.1%} of the largest), "
+            "so that it has no robust accuracy of single images; no step may mix the images of a batch"
+        )
+    return found
+
+
+@torch.no_grad()
+def logits(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Tensor:
+    """Return logits (B, classes) in float32 of clean images (B, C, H, W).
+
+    Raises:
+        UserError: if the model fails, or its logits do not fit the data set or are not finite.
+    """
+    try:
+        found: Tensor = target.defense(x, draw)
+    except Exception as error:  # a stranger's code may fail in any way
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{target.name} fails on images of shape {tuple(x.shape)} of {dataset.name}: {line}") from error
+    targets.check_classes(target, tuple(found.shape), dataset)
+    if not bool(torch.isfinite(found).all()):
+        raise UserError(f"{target.name} returns logits that are not finite (NaN or infinity) on clean images of {dataset.name}")
+    return found.float()
+
+
+def moved_by_others(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Tensor:
+    """Return how far each image's logits move when other images take half of the places in its batch, as a share of the largest: (B,).
+
+    Size, places and draw stay as they are, so that noise does too, a library's included. Noise that cannot be held shows nothing: zeros.
+
+    Args:
+        target: in evaluation mode.
+        x: images (B, C, H, W); one alone shows nothing.
+        draw: for them, of a random defense.
+        dataset: whose images they are.
+
+    Raises:
+        UserError: as `logits` does.
+    """
+
+    def seen(images: Tensor) -> Tensor:
+        with isolated_generator(0, x.device):
+            return logits(target, images, draw, dataset)
+
+    found, half = seen(x), len(x) // 2
+    if not torch.equal(found, seen(x)):
+        return torch.zeros(len(x), device=x.device)
+    # One image in all the places moves every statistic of a batch, most of all the one least like the others.
+    odd = (x - x.mean(0)).flatten(1).norm(dim=1).argmax()
+    others = x[odd].expand_as(x)
+    kept = torch.cat([seen(torch.cat([x[:half], others[half:]]))[:half], seen(torch.cat([others[:half], x[half:]]))[half:]])
+    return (kept - found).abs().amax(1) / found.abs().max().clamp(min=1e-12)
