@@ -120,7 +120,8 @@ def trained(
                 training.place(defense.get_submodule(stage.module), device)
         else:
             history = training.train(
-                defense, stages, split, folder=folder / "training", device=device, anew=anew, progress=progress, stop=stop
+                defense, stages, split, folder=folder / "training", version=entry.version, device=device, anew=anew, progress=progress,
+                stop=stop,
             )  # fmt: skip
             if anew:
                 # Else the next evaluation would take the weights that were not wanted.

@@ -55,8 +55,8 @@ class NotTrainedError(UserError):
 
 @exact_arithmetic()
 def train(
-    defense: Defense, stages: tuple[Stage, ...], dataset: Dataset, *, folder: Path, device: str = "cpu", may_train: bool = True,
-    anew: bool = False, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
+    defense: Defense, stages: tuple[Stage, ...], dataset: Dataset, *, folder: Path, version: int = 1, device: str = "cpu",
+    may_train: bool = True, anew: bool = False, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
 ) -> tuple[tuple[Epoch, ...], ...]:  # fmt: skip
     """Train `defense` in place, stage by stage, taking from `folder` what was trained before.
 
@@ -65,6 +65,7 @@ def train(
         stages: in order.
         dataset: the training split.
         folder: where stages and checkpoints are kept.
+        version: the defense's: what an earlier one trained is not taken for this one's.
         device: ``cpu`` or ``cuda``.
         may_train: False only takes what was trained before.
         anew: train every stage from its beginning, whatever the folder holds, and keep that instead.
@@ -83,7 +84,7 @@ def train(
     for number, stage in enumerate(stages):
         module = defense.get_submodule(stage.module)
         tell = partial(_tell, progress, f"stage {number + 1}/{len(stages)}")
-        path = stage_path(module, stage, dataset, folder, device)
+        path = stage_path(module, stage, dataset, folder, device, version)
         # Before the weights are read back too.
         layout = place(module, device)
         if path.exists() and not anew:
@@ -132,8 +133,11 @@ def _memory_format(module: nn.Module, device: str) -> torch.memory_format:
     return torch.contiguous_format if narrow and torch.device(device).type == "cpu" else torch.channels_last
 
 
-def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str) -> Path:
-    """Return the file that keeps what `stage` makes of `module`, in the state it is in now, named by a hash of all that decides it."""
+def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, version: int = 1) -> Path:
+    """Return the file that keeps what `stage` makes of `module`, in the state it is in now, named by a hash of all that decides it.
+
+    The defense's `version` stands for code that shows only while it trains, as in its training mode.
+    """
     recipe, half = stage.recipe, precision(stage.recipe, device) == "bfloat16"
     identity = json.dumps(
         {
@@ -148,7 +152,8 @@ def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, 
             "bfloat16": half,
             "device": torch.device(device).type,
         }
-        | ({"folded": True} if folds(recipe, half) else {}),
+        | ({"folded": True} if folds(recipe, half) else {})
+        | ({"defense version": version} if version > 1 else {}),
         sort_keys=True,
     )
     return folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"

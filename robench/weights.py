@@ -154,8 +154,9 @@ def kept(
         raise UserError(f"{named.text} is not trained, so there are no weights to share")
     try:
         history = training.train(
-            specimen.defense, specimen.stages, split, folder=cache / "training", device=device, may_train=False, progress=progress
-        )
+            specimen.defense, specimen.stages, split, folder=cache / "training", version=named.entry.version, device=device,
+            may_train=False, progress=progress,
+        )  # fmt: skip
     except training.NotTrainedError:
         command = f"robench train {named.text} --dataset {setting.dataset} --scale {setting.scale} --seed {setting.seed}"
         raise UserError(f"{named.text} is not trained yet for {device}; run: {command} --device {device}") from None

@@ -82,6 +82,7 @@ def test_the_learning_rate_follows_its_schedule() -> None:
     assert rates("constant", 4) == [2.0] * 4
     assert rates("step", 6) == pytest.approx([2.0, 2.0, 0.2, 0.2, 0.02, 0.02])
     assert rates("late-step", 20) == pytest.approx([2.0] * 15 + [0.2] * 3 + [0.02] * 2)
+    assert rates("early-step", 50) == pytest.approx([2.0] * 3 + [0.4] * 3 + [0.08] * 3 + [0.016] * 41)
     assert rates("cosine", 4) == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5)])
     cycle = rates("one-cycle", 1000)
     assert cycle[0] == pytest.approx(2 / 300)

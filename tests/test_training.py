@@ -257,6 +257,14 @@ def test_a_stage_is_trained_once(digits: Dataset, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2, "no checkpoint or temporary file stays"
 
 
+def test_another_version_of_a_defense_is_trained_again(digits: Dataset, tmp_path: Path) -> None:
+    stages = (Stage(dataclasses.replace(PLAIN, epochs=1), 0),)
+    for version, already in ((1, False), (1, True), (2, False), (2, True), (1, True)):
+        lines = list[str]()
+        train(ensemble(0), stages, digits, folder=tmp_path, version=version, progress=lines.append)
+        assert ("already trained" in lines[0]) == already
+
+
 def test_what_is_read_back_behaves_bit_for_bit_as_what_was_trained(digits: Dataset, tmp_path: Path) -> None:
     """Otherwise a second evaluation, with the weights from the cache, would be another measurement."""
     setting = zoo.Setting("digits", 10, (3, 16, 16), "smoke", 0)

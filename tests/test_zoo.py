@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from robench.defense import Ensemble
 from robench.errors import UserError
 from robench.fingerprint import state_hash
 from robench.noise import Draw
-from robench.recipe import Stage
+from robench.recipe import Stage, learning_rate
 from robench.zoo import Paper, Scale, Setting, Specimen
 
 ENTRIES = zoo.entries()  # also makes robench_zoo importable by its entry point's name
@@ -61,6 +62,17 @@ def parameters(specimen: Specimen) -> int:
 def test_every_defense_of_the_papers_is_registered() -> None:
     assert set(REQUIRED.split()) <= set(NAMES)
     assert not zoo.failures()
+
+
+@pytest.mark.parametrize("name", ["natural", "ensemble2", "single_adv", "ensemble2_adv", "separate2_adv"])
+def test_strength_in_numbers_trains_as_it_says(name: str) -> None:
+    # arXiv 1811.09300, section 4.2, "all models": 500,000 iterations of 128 images, rate 0.1, times 0.2 after 30k, 60k and 90k.
+    specimen = zoo.parse(f"{name},backbone=resnet8-16").build(zoo.Setting("cifar10", 10, (3, 32, 32), "paper", 0))
+    for stage in specimen.stages:
+        steps = stage.recipe.epochs * math.ceil(50_000 / 128)
+        assert steps == pytest.approx(500_000, rel=0.002)
+        rates = [learning_rate(stage.recipe, step, steps) for step in (0, 29_900, 30_200, 59_900, 60_300, 89_900, 90_400, steps - 1)]
+        assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008])
 
 
 @pytest.mark.parametrize("name", NAMES)

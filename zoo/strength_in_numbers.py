@@ -13,8 +13,7 @@ from robench.noise import Draw
 from robench.zoo import Setting, Specimen, register
 
 from .papers import STRENGTH_IN_NUMBERS
-from .recipes import linf_adversarial, network, stage
-from .recipes import natural as natural_recipe
+from .recipes import linf_adversarial, natural_for_long, network, stage
 
 WRN = "wrn-28-10"
 
@@ -27,7 +26,7 @@ def _ensemble(setting: Setting, members: int, backbone: str | None, widen: float
 @register(paper=STRENGTH_IN_NUMBERS, version=1, alias="baseline")
 def natural(setting: Setting, *, backbone: str | None = None) -> Specimen:
     """One network trained on clean images; the paper's Baseline."""
-    return Specimen(_ensemble(setting, 1, backbone), (stage(natural_recipe(setting), setting, "networks.0"),))
+    return Specimen(_ensemble(setting, 1, backbone), (stage(natural_for_long(setting), setting, "networks.0"),))
 
 
 @register(paper=STRENGTH_IN_NUMBERS, version=1)
@@ -44,7 +43,7 @@ def double_adv(setting: Setting, *, backbone: str | None = None) -> Specimen:
 
 
 def _clean_ensemble(setting: Setting, members: int, backbone: str | None) -> Specimen:
-    return Specimen(_ensemble(setting, members, backbone), (stage(natural_recipe(setting), setting),))
+    return Specimen(_ensemble(setting, members, backbone), (stage(natural_for_long(setting), setting),))
 
 
 @register(paper=STRENGTH_IN_NUMBERS, version=1)
