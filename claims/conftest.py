@@ -1,5 +1,6 @@
 """How claims run as tests: options, markers, one test for each claim and data set, and the table at the end."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from rich.console import Console
 
 from robench import record, verdicts, zoo
-from robench.claim import Claim, Settlement, Trial, settle
+from robench.claim import Claim, Trial
 from robench.errors import UserError
 from robench.files import write_atomic
+from robench.settlement import Settlement, matching, settle
 from robench.workbench import Workbench, default_scale
 from robench.zoo import Scale
 
@@ -31,13 +33,20 @@ class Case:
         return f"{self.claim.name}-{self.trial.dataset}-{self.trial.scales[0]}"
 
 
+def _count(text: str) -> int:
+    """Read a number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add robench's options."""
     group = parser.getgroup("robench")
     group.addoption("--gpu", action="store_true", help="run the claims at gpu scale, on a CUDA device")
     group.addoption("--scale", choices=get_args(Scale), help="run the claims at this scale")
-    group.addoption("--seeds", type=int, default=1, help="independently trained copies of each defense (default 1)")
-    group.addoption("--n", type=int, help="test examples (default: the scale's)")
+    group.addoption("--seeds", type=_count, default=1, help="independently trained copies of each defense (default 1)")
+    group.addoption("--n", type=_count, help="test examples (default: the scale's)")
     group.addoption("--records", type=Path, default=RECORDS, help="folder of records that are taken as measured")
     group.addoption("--fresh", action="store_true", help="measure everything anew, whatever records there are")
     group.addoption("--json", type=Path, help="write the table of verdicts to this file")
@@ -99,6 +108,8 @@ def settle_case(request: pytest.FixtureRequest, workbench: Callable[[str, Scale]
             settlement = settle(case.claim, dataset, scale, _ready(bench), seeds=option("--seeds"))
         except _MissingError as missing:
             pytest.skip(str(missing))
+        except LookupError as error:
+            pytest.fail(f"{case.claim.name} on {dataset}: {error.args[0]}", pytrace=False)
         request.config.stash[SETTLED].append(settlement)
         _compare(settlement)
 
@@ -110,11 +121,14 @@ class _MissingError(Exception):
 
 
 def _ready(bench: Workbench) -> Callable[..., Any]:
-    """Return the workbench's `find`, which says what is missing instead of measuring where it cannot."""
+    """Return the workbench's `find`, which says what is missing instead of measuring where it cannot.
+
+    What is recorded is taken as it is: without all attacks that it should be held against, the claim is open until a campaign runs them.
+    """
 
     def find(accuracy: Any, seed: int) -> Any:
-        if bench.settled_by_records(accuracy, seed):
-            return bench.find(accuracy, seed)
+        if bench.recorded(accuracy, seed):
+            return matching(bench.records, accuracy, bench.dataset_name, bench.scale, seed)
         if bench.device == "cuda" and not torch.cuda.is_available():
             raise _MissingError(
                 f"no record of {accuracy.defense} on {bench.dataset_name} at scale {bench.scale}, and no CUDA device to measure it: "

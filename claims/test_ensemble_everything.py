@@ -49,32 +49,44 @@ NESTED = (
     "The CrossMax of each of the three hides its gradient from an attack on their mean. Images made on the mean of all heads of all three "
     "leave no more of three than of one."
 )
+UNTRIED = "Not yet put to all attacks that this scale holds claims against (mean-transfer-100 and APGD-CE, both over 8 draws). "
 NEAR = "under the attack on the last one the difference is too near 20 points to tell."
 
 Measure = Callable[[str, str], Quantity]
 """From a threat model and an attack to what is measured."""
 
 
-def trials(measure: Measure, *, cifar100: bool = False, by: dict[str, str] = RAND, **standing: Standing) -> tuple[Trial, ...]:
-    """Return a trial for each scale, with the data set's budget and the scale's attack; `standing` is by scale."""
+def trials(measure: Measure, *, cifar100: bool | Expectation = False, by: dict[str, str] = RAND, **standing: Standing) -> tuple[Trial, ...]:
+    """Return a trial for each scale, with the data set's budget and the scale's attack; `standing` is by scale.
+
+    `cifar100` may give what to expect there, where that is not what the claim expects elsewhere.
+    """
     made = [Trial("digits", measure(BUDGETS["digits"], by["smoke"]), _at("smoke", standing), ("smoke",))]
     made += [Trial("cifar10", measure(BUDGETS["cifar10"], by["cpu"]), _at("cpu", standing), ("cpu",))]
     larger = ["cifar10", "cifar100"] if cifar100 else ["cifar10"]
-    return (*made, *(Trial(name, measure(BUDGETS[name], by["gpu"]), scales=("gpu", "paper")) for name in larger))
+    there = {"cifar100": cifar100} if isinstance(cifar100, Expectation) else {}
+    return (*made, *(Trial(name, measure(BUDGETS[name], by["gpu"]), scales=("gpu", "paper"), expect=there.get(name)) for name in larger))
 
 
 def _at(scale: Scale, standing: dict[str, Standing]) -> dict[Scale, Standing]:
     return {scale: standing[scale]} if scale in standing else {}
 
 
-def claim(name: str, statement: str, source: str, published: str, expect: Expectation, made: tuple[Trial, ...]) -> Claim:
+def claim(
+    name: str, statement: str, source: str, published: str, expect: Expectation, made: tuple[Trial, ...], first_above: float | None = None
+) -> Claim:
     """Return a claim of this paper; five points are the tolerance of all."""
-    return Claim(name, PAPER, statement, source, published, expect, 0.05, made)
+    return Claim(name, PAPER, statement, source, published, expect, 0.05, made, first_above)
 
 
 def broken(because: str, *verdicts: str) -> Standing:
     """Return the outcome of what stands under the paper's attack, unless said otherwise, and not under the strongest."""
     return Standing(verdicts or ("reproduced",), ("broken",), because)  # type: ignore[arg-type]
+
+
+def unfinished(because: str, *verdicts: str) -> Standing:
+    """Return the outcome of what stands under the paper's attack, unless said otherwise, and lacks attacks."""
+    return Standing(verdicts or ("reproduced",), ("open",), UNTRIED + because)  # type: ignore[arg-type]
 
 
 def over(one: str, other: str, against: tuple[str, ...] = ()) -> Measure:
@@ -126,7 +138,7 @@ CLAIMS = [
         "Abstract; Table 1, CIFAR-10 self-ensemble",
         "53.12 (three: 71.88); a plain network has about 0",
         above(0.10),
-        trials(over_plain(SELF), cifar100=True, smoke=broken(MASKED)),
+        trials(over_plain(SELF), cifar100=True, smoke=broken(MASKED), cpu=unfinished("What was recorded leaves 13 of 26 points.")),
     ),
     claim(
         "rivals-adversarial-training",
@@ -147,7 +159,12 @@ CLAIMS = [
         "Table 1, CIFAR-10 multi-resolution backbone; Figure 6: about half of the gain. Every attack goes through all resolutions at once",
         "41.44; a plain network has about 0",
         above(0.10),
-        trials(over_plain("multires"), cifar100=True, smoke=broken(SMALL_GAIN, "not reproduced")),
+        trials(
+            over_plain("multires"),
+            cifar100=True,
+            smoke=broken(SMALL_GAIN, "not reproduced"),
+            cpu=unfinished("What was recorded leaves 13 of 15 points."),
+        ),
     ),
     claim(
         "two-resolutions",
@@ -155,7 +172,11 @@ CLAIMS = [
         "Summary, first experiment 1: a two-resolution stack and a ResNet-18",
         "asked, not measured",
         above(0.10),
-        trials(over_plain("multires,resolutions=2"), smoke=broken("Under transfer from the mean the gain is too near 10 points to tell.")),
+        trials(
+            over_plain("multires,resolutions=2"),
+            smoke=broken("Under transfer from the mean the gain is too near 10 points to tell."),
+            cpu=unfinished("What was recorded leaves 13 of 14 points."),
+        ),
     ),
     claim(
         "self-ensembling-adds",
@@ -163,7 +184,12 @@ CLAIMS = [
         "Table 1, CIFAR-10; Figure 6: about half of the gain",
         "53.12, its backbone alone 41.44",
         above(0.05),
-        trials(over(SELF, "multires"), cifar100=True, smoke=broken(MASKED), cpu=broken(MASKED)),
+        trials(
+            over(SELF, "multires"),
+            cifar100=True,
+            smoke=broken(MASKED),
+            cpu=unfinished("Transfer from the mean of the heads, in 40 steps, leaves 0.5 of 12 points. " + MASKED),
+        ),
     ),
     claim(
         "three-beat-one",
@@ -171,7 +197,13 @@ CLAIMS = [
         "Abstract, Table 1; summary, first experiment 3",
         "71.88, one 53.12 (CIFAR-100: 48.16, one 46.29)",
         above(0.05),
-        trials(over(THREE, SELF), cifar100=True, smoke=broken(NESTED), cpu=broken(NESTED)),
+        # On CIFAR-100 the paper's own gain is 1.9 points.
+        trials(
+            over(THREE, SELF),
+            cifar100=above(0.0),
+            smoke=broken(NESTED),
+            cpu=unfinished("Transfer from the mean of all heads, in 40 steps, leaves 0.2 of 16 points. " + NESTED),
+        ),
     ),
     claim(
         "light-adversarial-training-adds",
@@ -179,7 +211,12 @@ CLAIMS = [
         "Abstract; Table 2",
         "three: about 78, without 71.88 (CIFAR-100, one: 51.28, without 46.29)",
         above(0.0),
-        trials(over(f"{SELF}_adv", SELF), cifar100=True, smoke=broken(UNMASKED, "not reproduced")),
+        trials(
+            over(f"{SELF}_adv", SELF),
+            cifar100=True,
+            smoke=broken(UNMASKED, "not reproduced"),
+            cpu=unfinished("What was recorded widens the 6 points to 15."),
+        ),
     ),
     claim(
         "crossmax-over-mean",
@@ -218,7 +255,7 @@ CLAIMS = [
             ),
             by=EVERYWHERE,
             smoke=broken("Under transfer from the mean, averaged over draws, fresh noise is worth 3 points on digits."),
-            cpu=Standing(("not reproduced",), ("holds",), SMALL_NOISE),
+            cpu=unfinished(SMALL_NOISE, "not reproduced"),
         ),
     ),
     claim(
@@ -249,6 +286,7 @@ CLAIMS = [
         "13.3 = 17 x 0.8",
         near(0.0, 0.05),
         plain_networks(17.0),
+        first_above=0.05,
     ),
     claim(
         "no-universal-perturbation",
@@ -260,10 +298,8 @@ CLAIMS = [
             # About one perturbation for all images; the worst of several on each image would not be one.
             lambda threat, attack: clean(SELF) - robust(SELF, threat, attack, only=True),
             by=dict.fromkeys(("smoke", "cpu", "gpu"), "universal,heads=true"),
-            smoke=Standing(("not reproduced",), ("open",), "At 48/255 of digits one perturbation for all images costs 50 points."),
-            cpu=Standing(
-                ("not reproduced",), ("open",), "It costs 9 points, too near 10 to tell; fitted on the prediction alone it costs 3."
-            ),
+            smoke=broken("At 48/255 of digits one perturbation for all images costs 50 points.", "not reproduced"),
+            cpu=broken("It costs 9 points, too near 10 to tell; fitted on the prediction alone it costs 3.", "not reproduced"),
         ),
     ),
     claim(
@@ -274,7 +310,12 @@ CLAIMS = [
         above(0.10),
         (
             Trial("digits", robust(SELF, "L2:2", RAND["smoke"]) - robust("natural", "L2:2", "apgd-ce"), scales=("smoke",)),
-            Trial("cifar10", robust(SELF, "L2:0.5", RAND["cpu"]) - robust("natural", "L2:0.5", "apgd-ce"), scales=("cpu",)),
+            Trial(
+                "cifar10",
+                robust(SELF, "L2:0.5", RAND["cpu"]) - robust("natural", "L2:0.5", "apgd-ce"),
+                {"cpu": unfinished("What was recorded leaves 37 of 42 points.")},
+                ("cpu",),
+            ),
         ),
     ),
     claim(
@@ -285,7 +326,12 @@ CLAIMS = [
         above(0.10),
         (
             Trial("digits", robust(SELF, "L1:24", RAND["smoke"]) - robust("natural", "L1:24", "apgd-ce"), scales=("smoke",)),
-            Trial("cifar10", robust(SELF, "L1:12", RAND["cpu"]) - robust("natural", "L1:12", "apgd-ce"), scales=("cpu",)),
+            Trial(
+                "cifar10",
+                robust(SELF, "L1:12", RAND["cpu"]) - robust("natural", "L1:12", "apgd-ce"),
+                {"cpu": unfinished("What was recorded leaves 30 of 44 points.")},
+                ("cpu",),
+            ),
         ),
     ),
     claim(
@@ -296,12 +342,7 @@ CLAIMS = [
         below(0.10),
         (
             Trial("digits", robust(SELF, "Linf:192/255", RAND["smoke"]), scales=("smoke",)),
-            Trial(
-                "cifar10",
-                robust(SELF, "Linf:32/255", RAND["cpu"]),
-                {"cpu": Standing(("reproduced",), ("open",), "Put to one attack only, which leaves 1 %.")},
-                ("cpu",),
-            ),
+            Trial("cifar10", robust(SELF, "Linf:32/255", RAND["cpu"]), scales=("cpu",)),
         ),
     ),
     value("table-1-resnet18", f"{SELF},backbone=resnet18-unnormalised", "cifar10", 64.06, "Table 1: ResNet-18 from scratch, 1024 images"),

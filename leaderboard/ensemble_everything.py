@@ -9,10 +9,11 @@ from pathlib import Path
 from tabulate import tabulate
 
 from robench import zoo
-from robench.claim import discover, settle_all
+from robench.claim import discover
 from robench.estimate import Estimate
 from robench.figures import accuracy_curves
 from robench.record import Record, clean_estimate, robust_estimate
+from robench.settlement import settle_all
 
 SLUG = "ensemble_everything"
 TARGET, PART, LAYER = "multires_self_ensemble", "multires_ablation", "multires_layer"

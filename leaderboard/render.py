@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from robench import leaderboard, record, verdicts
 from robench.attacks import registered
-from robench.claim import settle_all
+from robench.settlement import settle_all
 from robench.zoo import entries
 
 ROOT = Path(__file__).resolve().parent.parent

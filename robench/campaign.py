@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from robench import attacks, claim, costs, data, duration, record, remaining, schedule, targets, zoo
+from robench import attacks, claim, costs, data, duration, record, remaining, schedule, settlement, targets, zoo
 from robench.claim import Accuracy, Claim
 from robench.costs import Subject
 from robench.data import Dataset
@@ -169,9 +169,12 @@ class Campaign:
 
     def _verdict(self, goal: Goal) -> str:
         def find(accuracy: Accuracy, _seed: int) -> list[Record]:
-            return claim.matching(self.bench.records, accuracy, self.plan.dataset, self.plan.scale, goal.seed)
+            return settlement.matching(self.bench.records, accuracy, self.plan.dataset, self.plan.scale, goal.seed)
 
-        came_to = claim.settle(goal.claim, self.plan.dataset, self.plan.scale, find)
+        try:
+            came_to = settlement.settle(goal.claim, self.plan.dataset, self.plan.scale, find)
+        except LookupError as error:
+            return f"{goal}: not to be told: {error.args[0]}"
         return f"{goal}: {came_to.verdict}, {came_to.status}{'' if came_to.as_stood_by else ' (unexpected)'}"
 
     def _fail(self, measurements: Sequence[Measurement], error: Exception) -> None:

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from robench import controls
-from robench.claim import Claim, Settlement
+from robench.claim import Claim
 from robench.plugins import Failure
 from robench.record import Proportion, Record, clean_estimate, robust_estimate
+from robench.settlement import Settlement
 from robench.weights import Config
 from robench.zoo import Entry, Paper
 

@@ -11,11 +11,11 @@ from queue import Queue
 import torch
 from rich.console import Console
 
-from robench import attacks, claim, leaderboard, record, verdicts
-from robench.claim import Accuracy, Claim
+from robench import attacks, claim, leaderboard, record, settlement, verdicts
+from robench.claim import STRONGEST, Accuracy, Claim
 from robench.errors import UserError
 from robench.record import Record, clean_estimate, robust_estimate
-from robench.workbench import STRONGEST, Workbench
+from robench.workbench import Workbench
 from robench.zoo import entries
 
 DATASET = "digits"
@@ -52,7 +52,7 @@ def run(*, out: Path, cache: Path | None = None, echo: Callable[[str], None]) ->
     figure = out / "accuracy_against_epsilon.png"
     # The figure's attacks count in the worst case too, so they come before the verdicts.
     draw_figure(bench, figure)
-    settled = [claim.settle(c, DATASET, "smoke", bench.find) for c in claims]
+    settled = [settlement.settle(c, DATASET, "smoke", bench.find) for c in claims]
     attack_versions = {name: attack.version for name, attack in attacks.registered().items()}
     rows = leaderboard.rows(
         [r for r in bench.records if r.dataset.n == len(bench.dataset)],
@@ -97,7 +97,7 @@ def prepare(claims: Sequence[Claim], bench: Workbench, echo: Callable[[str], Non
 
 def _known(bench: Workbench, name: str, accuracies: Sequence[Accuracy]) -> bool:
     curve = [Accuracy(name, f"Linf:{level}/255", attack) for level in LEVELS for attack in curve_attacks(name).values()]
-    drawn = name not in CURVE or all(claim.matching(bench.records, a, DATASET, bench.scale, 0) for a in curve)
+    drawn = name not in CURVE or all(settlement.matching(bench.records, a, DATASET, bench.scale, 0) for a in curve)
     return drawn and all(bench.settled_by_records(a, 0) for a in accuracies)
 
 

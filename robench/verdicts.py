@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from tabulate import tabulate
 
-from robench.claim import Settlement
+from robench.settlement import Settlement
 
 COLUMNS = ("claim", "data, scale", "paper", "ours", "verdict", "strongest attack", "status")
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from robench import attacks, claim, data, record, targets, zoo
-from robench.claim import Accuracy
+from robench import attacks, data, record, settlement, targets, zoo
+from robench.claim import Accuracy, held_against
 from robench.data import Dataset
 from robench.errors import UserError
 from robench.evaluation import measure
@@ -17,14 +17,6 @@ from robench.zoo import Scale
 
 EXAMPLES: dict[Scale, int] = {"smoke": 300, "cpu": 1000, "gpu": 10_000, "paper": 10_000}
 """Test examples of each scale, or all where there are fewer."""
-
-STRONGEST: dict[Scale, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "smoke": (("apgd-t,steps=20,targets=2",), ("mean-transfer-20,draws=2",)),
-    "cpu": (("apgd-ce", "apgd-t,steps=50,targets=3"), ("mean-transfer-100,draws=8", "apgd-ce,draws=8")),
-    "gpu": (("autoattack",), ("mean-transfer-200,draws=16", "apgd-ce,draws=16")),
-    "paper": (("autoattack",), ("mean-transfer-500,draws=20", "apgd-ce,draws=20")),
-}
-"""Attacks beside the paper's own that claims are held against at each scale: on a deterministic defense, on a random one."""
 
 
 def default_scale(dataset: str) -> Scale:
@@ -98,12 +90,12 @@ class Workbench:
 
     def has(self, name: str, threat: str, attack: str, seed: int = 0, n: int | None = None) -> bool:
         """Return whether a known record measures a defense under an attack, on `n` examples (by default those wanted) or on all."""
-        known = claim.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
+        known = settlement.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
         return bool(known) and self._enough(known[0], n)
 
     def measured(self, name: str, threat: str, attack: str, seed: int = 0, n: int | None = None) -> Record:
         """Return the record of a defense under an attack, measuring it if there is none on `n` examples (by default those wanted)."""
-        known = claim.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
+        known = settlement.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
         if known and self._enough(known[0], n):
             return known[0]
         examples = self._split.first(min(len(self._split), self.wanted if n is None else n))
@@ -124,27 +116,25 @@ class Workbench:
         """
         if accuracy.threat is None:
             return [(accuracy.defense, "Linf:0", "fgsm")]
-        deterministic, random = STRONGEST[self.scale]
-        strongest = () if accuracy.only else random if self.random(accuracy.defense) else deterministic
-        chosen = dict.fromkeys((accuracy.attack or "", *strongest, *accuracy.against))
+        chosen = dict.fromkeys((accuracy.attack or "", *held_against(accuracy, self.scale, self.random(accuracy.defense))))
         return [(accuracy.defense, accuracy.threat, attack) for attack in chosen]
+
+    def recorded(self, accuracy: Accuracy, seed: int) -> bool:
+        """Return whether the known records tell an accuracy, a robust one under the paper's attack, on enough examples."""
+        known = settlement.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
+        return bool(known) and self._enough(known[0])
 
     def settled_by_records(self, accuracy: Accuracy, seed: int) -> bool:
         """Return whether the known records settle an accuracy, so that nothing needs to be measured.
 
-        They do with the paper's attack and another one, unless none is wanted, the attacks that the accuracy names among them, on
-        enough examples each.
-        Further records of fewer examples count in the worst case all the same.
+        A robust one is settled with all that `needed` names, on enough examples each. Further records of fewer examples count in the
+        worst case all the same.
         """
-        known = claim.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
+        known = settlement.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
         enough = [r for r in known if self._enough(r)]
-        if accuracy.threat is None:
-            return bool(enough)
-        against = [attacks.parse(text) for text in accuracy.against]
-        tried = [(r.attack.name, r.attack.parameters) for r in enough]
         # The paper's attack comes first.
-        least = 1 if accuracy.only else 2
-        return enough[:1] == known[:1] and len(enough) >= least and all((a.name, dict(a.parameters)) in tried for a in against)
+        found = enough[:1] == known[:1] and bool(enough)
+        return found and (accuracy.threat is None or settlement.tried(accuracy, self.scale, enough))
 
     def _enough(self, r: Record, n: int | None = None) -> bool:
         """Say whether a record has `n` examples (by default those wanted), or all that there are."""
@@ -161,4 +151,4 @@ class Workbench:
         if not self.settled_by_records(accuracy, seed):
             for name, threat, attack in self.needed(accuracy):
                 self.measured(name, threat, attack, seed)
-        return claim.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
+        return settlement.matching(self.records, accuracy, self.dataset_name, self.scale, seed)

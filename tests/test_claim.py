@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,21 +20,19 @@ from robench.claim import (
     Claim,
     Expectation,
     Quantity,
-    Settlement,
     Standing,
     Trial,
     above,
     below,
     clean,
-    judge,
-    matching,
+    held_against,
     near,
     robust,
-    settle,
 )
 from robench.errors import UserError
 from robench.estimate import Estimate
 from robench.record import Record
+from robench.settlement import Settlement, judge, matching, settle
 from robench.threat import ThreatModel
 from robench.zoo import Paper
 
@@ -140,6 +139,22 @@ def shelf(make_record: Build, **shares: float | list[float]) -> Shelf:
 THREAT = "Linf:8/255"
 
 
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, make_record: Build) -> Callable[..., None]:
+    """Let claims at smoke scale be held against attacks of these names, on deterministic and on random defenses; at first attack-1."""
+    real, parameters = attacks.parse, make_record([1]).attack.parameters
+
+    def parse(text: str) -> Any:
+        return SimpleNamespace(name=text, parameters=parameters) if text.startswith(("attack-", "for-")) else real(text)
+
+    def hold_against(deterministic: str, random: str) -> None:
+        monkeypatch.setitem(claim.STRONGEST, "smoke", ((deterministic,), (random,)))
+
+    monkeypatch.setattr(attacks, "parse", parse)
+    hold_against("attack-1", "attack-1")
+    return hold_against
+
+
 def better(one: str = "a", other: str = "b") -> Quantity:
     return robust(one, THREAT, "attack-0") - robust(other, THREAT, "attack-0")
 
@@ -155,7 +170,7 @@ def better(one: str = "a", other: str = "b") -> Quantity:
     ],
 )
 def test_an_ordering_is_settled_by_the_papers_attack_and_by_the_strongest(
-    first: list[float], second: list[float], verdict: str, status: str, make_record: Build
+    first: list[float], second: list[float], verdict: str, status: str, make_record: Build, made_up: Callable[..., None]
 ) -> None:
     settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=first, b=second))
     assert (settled.verdict, settled.status) == (verdict, status)
@@ -166,14 +181,14 @@ def test_an_ordering_is_settled_by_the_papers_attack_and_by_the_strongest(
 
 
 @pytest.mark.parametrize(("first", "verdict"), [(0.6, "reproduced"), (0.4, "not reproduced")])
-def test_what_was_put_to_no_other_attack_stays_open(first: float, verdict: str, make_record: Build) -> None:
+def test_what_was_put_to_no_other_attack_stays_open(first: float, verdict: str, make_record: Build, made_up: Callable[..., None]) -> None:
     settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=first, b=0.5))
     assert (settled.verdict, settled.status) == (verdict, "open")
     assert settled.strongest == settled.estimate
     assert settled.attacks == ("attack-0",)
 
 
-def test_a_second_attack_on_the_other_defense_alone_leaves_a_comparison_open(make_record: Build) -> None:
+def test_a_second_attack_on_the_other_defense_alone_leaves_a_comparison_open(make_record: Build, made_up: Callable[..., None]) -> None:
     """Of a random and a deterministic defense each has attacks of its own: the weaker the baseline, the better the claim would look."""
     records = shelf(make_record, a=[0.6], b=[0.5, 0.1]).records
     own = records["a", 0][0]
@@ -183,8 +198,9 @@ def test_a_second_attack_on_the_other_defense_alone_leaves_a_comparison_open(mak
     assert settled.status == "open"
 
 
-def test_defenses_are_compared_under_attacks_that_both_were_put_to(make_record: Build) -> None:
+def test_defenses_are_compared_under_attacks_that_both_were_put_to(make_record: Build, made_up: Callable[..., None]) -> None:
     """The second attack broke `a` alone, since it was never run on `b`."""
+    made_up("attack-2", "attack-2")
     settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=[0.6, 0.1, 0.55], b=[0.4]))
     assert (settled.strongest.value, settled.status) == (pytest.approx(0.2), "open")
     records = shelf(make_record, a=[0.6, 0.1, 0.55], b=[0.4, 0.4, 0.3]).records
@@ -197,7 +213,10 @@ def test_defenses_are_compared_under_attacks_that_both_were_put_to(make_record: 
     assert settled.attacks == ("attack-0", "attack-2"), "other parameters are another attack"
 
 
-def test_a_random_and_a_deterministic_defense_are_each_held_against_their_own_attacks(make_record: Build) -> None:
+def test_a_random_and_a_deterministic_defense_are_each_held_against_their_own_attacks(
+    make_record: Build, made_up: Callable[..., None]
+) -> None:
+    made_up("for-b", "for-a")
     records = shelf(make_record, a=[0.6], b=[0.4]).records
     for name, random, share in (("a", True, 0.3), ("b", False, 0.2)):
         own = make_record(records[name, 0][0].outcomes.robust, defense={"name": name, "random": random}, attack={"name": "attack-0"})
@@ -206,6 +225,94 @@ def test_a_random_and_a_deterministic_defense_are_each_held_against_their_own_at
     settled = settle(a_claim(better()), "digits", "smoke", Shelf(records))
     assert settled.strongest.value == pytest.approx(0.1)
     assert settled.attacks == ("attack-0", "for-a", "for-b")
+    assert settled.status == "holds"
+    made_up("for-b", "for-b")
+    assert settle(a_claim(better()), "digits", "smoke", Shelf(records)).status == "open"
+
+
+@pytest.mark.parametrize(
+    ("quantity", "first", "second", "expect", "status"),
+    [
+        # Robust accuracies only fall: `a` may yet, which a claim that it is low does not mind, and one that it is high does.
+        (robust("a", THREAT, "attack-0"), [0.2], [], below(0.3), "holds"),
+        (robust("a", THREAT, "attack-0"), [0.4], [], below(0.3), "open"),
+        (robust("a", THREAT, "attack-0"), [0.4], [], above(0.3), "open"),
+        (robust("a", THREAT, "attack-0"), [0.2], [], above(0.3), "broken"),
+        # Both may fall as far as 0.
+        (better(), [0.6], [0.1], above(0.0), "open"),
+        (better(), [0.1], [0.6], above(0.0), "open"),
+        (better(), [0.02], [0.01], above(0.1), "broken"),
+        (better(), [0.02], [0.01], below(0.1), "holds"),
+        # Between two bounds a fall may lead in or out.
+        (robust("a", THREAT, "attack-0"), [0.4], [], near(0.4, 0.1), "open"),
+        (robust("a", THREAT, "attack-0"), [0.6], [], near(0.4, 0.1), "open"),
+        (robust("a", THREAT, "attack-0"), [0.4, 0.4], [], near(0.4, 0.1), "holds"),
+    ],
+)
+def test_attacks_that_are_lacking_leave_open_what_they_may_change(
+    quantity: Quantity, first: list[float], second: list[float], expect: Expectation, status: str, make_record: Build,
+    made_up: Callable[..., None],
+) -> None:  # fmt: skip
+    found = shelf(make_record, a=first, **({"b": second} if second else {}))
+    assert settle(a_claim(quantity, expect), "digits", "smoke", found).status == status
+
+
+def test_only_the_attacks_of_the_scale_settle_on_as_many_examples(make_record: Build, made_up: Callable[..., None]) -> None:
+    def status(*others: Record) -> str:
+        own = make_record(fractions(0.6), defense={"name": "a"}, attack={"name": "attack-0"})
+        made = a_claim(robust("a", THREAT, "attack-0"), above(0.3))
+        return settle(made, "digits", "smoke", Shelf({("a", 0): [own, *others]})).status
+
+    def other(attack: str = "attack-1", n: int = 400, parameters: dict[str, Any] | None = None, **changes: Any) -> Record:
+        ran = {"name": attack, "parameters": parameters or {}}
+        return make_record(fractions(0.5, n), defense={"name": "a"}, attack=ran, **changes)
+
+    assert status(other()) == "holds"
+    assert status(other("attack-2"), other("attack-3")) == "open"
+    assert status(other("attack-0", seed=1)) == "open", "the paper's own attack again"
+    assert status(other(n=200)) == "open"
+    assert status(other(parameters={"steps": 1})) == "open"
+    assert status(other("attack-2"), other(n=500)) == "holds"
+
+
+def test_a_factor_between_two_accuracies_of_nothing_is_not_reproduced(make_record: Build, made_up: Callable[..., None]) -> None:
+    quantity = robust("a", THREAT, "attack-0") - robust("b", THREAT, "attack-0") * 17
+    made = replace(a_claim(quantity, near(0.0, 0.5), tolerance=0.5), first_above=0.05)
+
+    def outcome(made: Claim, first: float, second: float) -> tuple[str, str]:
+        settled = settle(made, "digits", "smoke", shelf(make_record, a=[first] * 2, b=[second] * 2))
+        return settled.verdict, settled.status
+
+    assert outcome(made, 0.0, 0.0) == ("not reproduced", "broken")
+    assert outcome(replace(made, first_above=None), 0.0, 0.0) == ("reproduced", "holds")
+    assert outcome(made, 0.17, 0.01) == ("reproduced", "holds")
+    assert made.protocol("digits").endswith("tolerance 50, the first above 5")
+
+
+def test_records_of_two_trainings_or_of_other_images_are_not_compared(make_record: Build, made_up: Callable[..., None]) -> None:
+    def made(share: float, weights: str, **changes: Any) -> Record:
+        return make_record(fractions(share), fractions(0.9), defense={"name": "a", "weights_sha256": weights * 32}, **changes)
+
+    old, new = made(0.6, "aa"), made(0.5, "bb")
+
+    def find(accuracy: Accuracy, _seed: int) -> list[Record]:
+        return [old, new] if accuracy.threat is None else [new] if accuracy.threat == THREAT else [old]
+
+    cost = a_claim(clean("a") - robust("a", THREAT, "attack-0"))
+    assert settle(cost, "digits", "smoke", find).estimate.value == pytest.approx(0.4)
+    with pytest.raises(LookupError, match="no clean accuracy of a is of the weights whose robust accuracy is recorded"):
+        settle(cost, "digits", "smoke", lambda accuracy, _seed: [old] if accuracy.threat is None else [new])
+    with pytest.raises(LookupError, match="the records of a are of different weights"):
+        settle(a_claim(robust("a", THREAT, "attack-0") - robust("a", "Linf:4/255", "attack-0")), "digits", "smoke", find)
+    elsewhere = make_record(fractions(0.5), defense={"name": "b"}, dataset={"fingerprint": "00" * 32})
+    with pytest.raises(LookupError, match="of different images under one data set's name"):
+        settle(a_claim(better()), "digits", "smoke", Shelf({("a", 0): [old], ("b", 0): [elsewhere]}))
+
+
+def test_copies_on_unequal_examples_are_not_averaged(make_record: Build, made_up: Callable[..., None]) -> None:
+    records = {("a", seed): [make_record(fractions(0.5, n), defense={"name": "a"})] for seed, n in enumerate((400, 300))}
+    with pytest.raises(LookupError, match="the copies of a were measured on 300 and 400 examples; their mean needs the same"):
+        settle(a_claim(robust("a", THREAT, "attack-0")), "digits", "smoke", Shelf(records), seeds=2)
 
 
 def test_few_examples_leave_a_claim_open(make_record: Build) -> None:
@@ -214,7 +321,7 @@ def test_few_examples_leave_a_claim_open(make_record: Build) -> None:
     assert (settled.verdict, settled.status) == ("underpowered", "open")
 
 
-def test_the_worst_case_is_over_examples_not_over_attacks(make_record: Build) -> None:
+def test_the_worst_case_is_over_examples_not_over_attacks(make_record: Build, made_up: Callable[..., None]) -> None:
     """Two attacks that each break another half break everything together."""
     halves = [[1.0] * 200 + [0.0] * 200, [0.0] * 200 + [1.0] * 200]
     records = [make_record(half, defense={"name": "a"}, attack={"name": f"attack-{i}"}) for i, half in enumerate(halves)]
@@ -274,7 +381,7 @@ def test_a_data_set_without_the_claim_is_an_error() -> None:
         settle(a_claim(better()), "cifar10", "smoke", lambda accuracy, seed: [])
 
 
-def test_a_data_set_may_have_one_trial_for_each_scale(make_record: Build) -> None:
+def test_a_data_set_may_have_one_trial_for_each_scale(make_record: Build, made_up: Callable[..., None]) -> None:
     base = a_claim(better()).trials[0]
     known = Standing(("not reproduced",), ("broken",), "known")
     small = replace(base, quantity=better("b", "a"), scales=("smoke",), standing={"smoke": known})
@@ -309,7 +416,7 @@ def test_a_trial_may_expect_something_else(make_record: Build) -> None:
     ],
 )
 def test_an_outcome_is_held_against_the_one_stood_by(
-    standing: dict[str, Standing], stands_when_reproduced: bool, stands_when_not: bool, make_record: Build
+    standing: dict[str, Standing], stands_when_reproduced: bool, stands_when_not: bool, make_record: Build, made_up: Callable[..., None]
 ) -> None:
     made = a_claim(better(), standing=standing)
 
@@ -320,7 +427,7 @@ def test_an_outcome_is_held_against_the_one_stood_by(
     assert settled(0.4, 0.6).as_stood_by == stands_when_not
 
 
-def test_a_settlement_as_json_has_the_numbers_as_fractions(make_record: Build) -> None:
+def test_a_settlement_as_json_has_the_numbers_as_fractions(make_record: Build, made_up: Callable[..., None]) -> None:
     settled = settle(a_claim(better()), "digits", "smoke", shelf(make_record, a=[0.6, 0.2], b=[0.4, 0.4]))
     read = json.loads(json.dumps(settled.as_dict()))
     assert read["ours"]["value"] == pytest.approx(0.2)
@@ -490,7 +597,7 @@ def run_claims(pytester: pytest.Pytester, zoo_record: Build, monkeypatch: pytest
     pytester.makepyfile(test_made_up=CASES)
     pytester.makeini("[pytest]\naddopts = --strict-markers --import-mode=importlib\n")
     for name, share in (("natural", 0.2), ("single_adv", 0.6)):
-        for attack in ("pgd-20", "apgd-ce"):
+        for attack in ("pgd-20", *held_against(NATURAL, "smoke", random=False)):
             version = zoo.entries()[name].version
             record.save(zoo_record(fractions(share), attack=attack, defense={"name": name, "version": version}), pytester.path / "records")
     # rich imports parts of itself when it first prints, and pytester forgets what was imported during a run.
@@ -537,6 +644,21 @@ def test_markers_choose_data_sets_and_papers(run_claims: Callable[..., pytest.Ru
     result = run_claims("-m", "strength_in_numbers", "-k", "sound or refuted")
     result.assert_outcomes(passed=1, xfailed=1, deselected=4)
     assert result.ret == pytest.ExitCode.OK
+
+
+@pytest.mark.parametrize("option", ["--seeds=0", "--n=-5", "--n=many"])
+def test_a_count_that_is_none_is_an_error_of_usage(run_claims: Callable[..., pytest.RunResult], option: str) -> None:
+    result = run_claims(option)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*{option.partition('=')[0]}*{option.partition('=')[2]}' is no number of at least 1*"])
+
+
+def test_what_lacks_an_attack_is_open_and_not_measured(run_claims: Callable[..., pytest.RunResult], pytester: pytest.Pytester) -> None:
+    for path in (pytester.path / "records").glob("*apgd-t*"):
+        path.unlink()
+    result = run_claims("-k", "sound or refuted", "--scale", "smoke")
+    result.assert_outcomes(failed=2, deselected=4)
+    result.stdout.fnmatch_lines(["*sound on digits came to reproduced, open*"])
 
 
 def test_gpu_scale_without_a_gpu_is_skipped_with_the_reason(run_claims: Callable[..., pytest.RunResult]) -> None:

@@ -3,8 +3,9 @@ import json
 from rich.console import Console
 
 from robench import verdicts
-from robench.claim import Claim, Quantity, Settlement, Trial, above, clean
+from robench.claim import Claim, Quantity, Trial, above, clean
 from robench.estimate import Estimate
+from robench.settlement import Settlement
 from robench.zoo import Paper
 
 PAPER = Paper(title="A paper", arxiv="0000.00000", bibtex="", slug="paper")

@@ -72,12 +72,12 @@ def campaign(
 @plugin_option
 def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]) -> None:
     """Rank the defenses by what the records say."""
-    from robench import attacks, claim, console, leaderboard, page, record, zoo
+    from robench import attacks, console, leaderboard, page, record, settlement, zoo
 
     zoo.discover(plugins)
     known = record.load_folder(records)
     rows = leaderboard.rows(
-        known, dataset=dataset, threat=threat, verdicts=claim.verdicts_by_defense(claim.settle_all(known)),
+        known, dataset=dataset, threat=threat, verdicts=settlement.verdicts_by_defense(settlement.settle_all(known)),
         attack_versions={name: attack.version for name, attack in attacks.registered().items()},
         defense_versions={name: entry.version for name, entry in zoo.entries().items()},
     )  # fmt: skip
@@ -103,10 +103,10 @@ def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str |
 @click.option("--records", type=PATH, help=f"The folder of records that give the verdicts.  [default: {RECORDS}, if there]")
 def claims(as_json: bool, records: Path | None) -> int:
     """List every claim: paper, number, protocol, last verdict."""
-    from robench import claim, console, record
+    from robench import claim, console, record, settlement
 
     known = record.load_folder(records or RECORDS) if records or RECORDS.is_dir() else []
-    found, settled = claim.discover(), claim.settle_all(known)
+    found, settled = claim.discover(), settlement.settle_all(known)
     if as_json:
         click.echo(console.claims_json(found, settled))
     else:
