@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -80,16 +80,12 @@ def words(draw: Draw, counts: Mapping[str, int]) -> dict[str, Tensor]:
     Two uses within one draw are independent; asking for several at once only saves time. `as_uniform`, `as_normal` and
     `as_integers` make numbers of them.
     """
-    blocks = [-(-count // 4) for count in counts.values()]
-    digests = [hashlib.sha256(f"{draw.seed}/{stream}".encode()).digest() for stream in counts]
-    keys = np.array([np.frombuffer(digest[:8], "<u4") for digest in digests], np.uint32).repeat(blocks, axis=0).T
-    positions = np.concatenate([np.arange(count, dtype=np.uint32) for count in blocks])
-    examples = draw.examples.to(torch.int64)
+    examples, uses = draw.examples.to(torch.int64), tuple(counts.items())
     if examples.device.type == "cpu":
-        found = _words_of_arrays(examples.numpy(), draw.number, positions, keys)
+        found = _words_of_arrays(examples.numpy(), draw.number, *_positions_and_keys(draw.seed, uses))
     else:
-        found = _words_of_tensors(examples, draw.number, positions, keys)
-    starts = np.cumsum([0, *blocks])
+        found = _words_of_tensors(examples, draw.number, _on_device(draw.seed, uses, examples.device))
+    starts = np.cumsum([0, *(-(-count // 4) for count in counts.values())])
     return {name: found[:, 4 * start : 4 * start + count] for start, (name, count) in zip(starts, counts.items(), strict=False)}
 
 
@@ -107,22 +103,37 @@ def _words_of_arrays(examples: NDArray[np.int64], number: int, positions: Words,
     return torch.from_numpy(out.reshape(len(examples), 4 * len(positions)).view(np.int32))
 
 
-def _words_of_tensors(examples: Tensor, number: int, positions: Words, keys: Words) -> Tensor:
-    # One copy to the device for all that does not depend on the example.
-    alike = torch.from_numpy(np.stack([positions, np.full_like(positions, number & _MASK), *keys]).astype(np.int64)).to(examples.device)
+@lru_cache(maxsize=64)
+def _positions_and_keys(seed: int, uses: tuple[tuple[str, int], ...]) -> tuple[Words, Words]:
+    """Return the positions (P,) and keys (2, P) of the blocks of four words that each use takes."""
+    blocks = [-(-count // 4) for _, count in uses]
+    digests = [hashlib.sha256(f"{seed}/{stream}".encode()).digest() for stream, _ in uses]
+    keys = np.array([np.frombuffer(digest[:8], "<u4") for digest in digests], np.uint32).repeat(blocks, axis=0).T
+    return np.concatenate([np.arange(count, dtype=np.uint32) for count in blocks]), keys
+
+
+@lru_cache(maxsize=64)
+def _on_device(seed: int, uses: tuple[tuple[str, int], ...], device: torch.device) -> Tensor:
+    """Return the same as int64 (3, P) on a device: a copy at each draw would wait for it."""
+    positions, keys = _positions_and_keys(seed, uses)
+    return torch.from_numpy(np.stack([positions, *keys]).astype(np.int64)).to(device)
+
+
+def _words_of_tensors(examples: Tensor, number: int, places: Tensor) -> Tensor:
     make = _fused() if examples.device.type == "cuda" and has_triton() else _rows_of_words
-    return make(examples, alike).reshape(len(examples), 4 * len(positions))
+    drawn = torch.full((), number & _MASK, dtype=torch.int64, device=examples.device)
+    return make(examples, drawn, places).reshape(len(examples), 4 * places.shape[1])
 
 
-def _rows_of_words(examples: Tensor, alike: Tensor) -> Tensor:
-    """Return int32 (B, P, 4) words for examples (B,) and positions, draw numbers and two rows of keys (4, P)."""
-    position, number, *key = alike.unbind(0)
+def _rows_of_words(examples: Tensor, number: Tensor, places: Tensor) -> Tensor:
+    """Return int32 (B, P, 4) words for examples (B,), a draw's number () and positions and two rows of keys (3, P)."""
+    position, *key = places.unbind(0)
     low, high = examples[:, None] & _MASK, examples[:, None] >> 32 & _MASK
     return torch.stack(torch.broadcast_tensors(*philox([position, number, low, high], key)), dim=-1).to(torch.int32)
 
 
 @cache
-def _fused() -> Callable[[Tensor, Tensor], Tensor]:
+def _fused() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the same in one kernel: the ten rounds are over a hundred operations, each of which would write all words to memory."""
     return torch.compile(_rows_of_words, dynamic=True)
 

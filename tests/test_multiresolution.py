@@ -70,3 +70,13 @@ def test_the_batched_stack_of_large_images_is_the_slow_one(variant: str) -> None
     x, how = noise.uniform(Draw(0, torch.arange(1)), "images", (3, 224, 224)).double(), pipeline(224, variant)
     draw = Draw(5, torch.tensor([3]))
     torch.testing.assert_close(stack_resolutions(x, draw, how, "s")[0], slow_stack(x[0], draw, how), rtol=0, atol=1e-5)
+
+
+def test_gradients_go_through_after_a_first_forward_in_inference_mode() -> None:
+    how, draw = pipeline(12, "as_published", 2), Draw(0, torch.arange(2))
+    with torch.inference_mode():
+        stack_resolutions(torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)), draw, how, "s")
+    x = torch.full((2, 3, 12, 12), 0.3, requires_grad=True)
+    stack_resolutions(x, draw, how, "s").sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad.abs().sum((1, 2, 3)) > 0).all())

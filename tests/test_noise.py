@@ -86,7 +86,8 @@ def test_words_are_the_same_wherever_they_are_made() -> None:
     examples = torch.tensor([0, 5, 2**33 + 1, -1])
     positions, keys = np.arange(40, dtype=np.uint32), np.array([[1], [2**32 - 1]], np.uint32).repeat(40, axis=1)
     arrays = noise._words_of_arrays(examples.numpy(), 2**32 - 1, positions, keys)
-    assert torch.equal(arrays, noise._words_of_tensors(examples, 2**32 - 1, positions, keys))
+    places = torch.from_numpy(np.stack([positions, *keys]).astype(np.int64))
+    assert torch.equal(arrays, noise._words_of_tensors(examples, 2**32 - 1, places))
 
 
 @every_kind

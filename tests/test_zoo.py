@@ -125,13 +125,16 @@ def test_a_defense_keeps_to_the_device_of_its_images(name: str, monkeypatch: pyt
     # Whether logits are finite is a question to their values.
     monkeypatch.setattr(aggregate, "_checked", lambda logits: logits)
     defense = zoo.parse(name).build(Setting("digits", 10, SETTINGS["smoke"][1], "smoke", 0)).defense.eval()
-    multiresolution._resizing.cache_clear()
+    caches = (multiresolution._resizing, multiresolution._luma, noise._on_device)
+    for kept in caches:
+        kept.cache_clear()
     with FakeTensorMode() as fake, torch.no_grad():
         tensors = [*defense.named_parameters(), *defense.named_buffers()]
         state = {key: fake.from_tensor(tensor).to("cuda") for key, tensor in tensors}
         x = torch.zeros(BATCH, *SETTINGS["smoke"][1], device="cuda")
         logits = torch.func.functional_call(defense, state, (x, Draw(5, torch.arange(BATCH, device="cuda"))))
-    multiresolution._resizing.cache_clear()
+    for kept in caches:
+        kept.cache_clear()
     assert (logits.device.type, logits.shape) == ("cuda", (BATCH, 10))
 
 

@@ -99,7 +99,7 @@ def stack_resolutions(x: Tensor, draw: Draw, how: Pipeline, stream: str) -> Tens
 
     colour = levels("colour", 0.5, 1.0)
     contrast = levels("contrast", 0.7, 1.5) if described else colour
-    luma = (x * x.new_tensor([0.2989, 0.587, 0.114]).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
+    luma = (x * _luma(x.device, x.dtype)).sum(1, keepdim=True)
     out = contrast * x[:, None] + (1 - contrast) * luma.mean((1, 2, 3), keepdim=True)[:, None]
     if described:
         # A factor of at most 1 does not leave [0, 1].
@@ -109,21 +109,31 @@ def stack_resolutions(x: Tensor, draw: Draw, how: Pipeline, stream: str) -> Tens
     for copy, resolution in zip(out.unbind(1), resolutions, strict=True):
         shift = noise.as_integers(words[f"{stream}/{resolution}/shift"], -how.shift, how.shift + 1, (2,))
         # The cyclic shift moves the matrix's columns instead of the image's pixels.
-        down = _resizing(side, resolution).to(x)
+        down = _resizing(side, resolution, x.device, x.dtype)
         rows, columns = (down.T[(pixels + shift[:, axis, None]) % side][:, None] for axis in range(2))
         small = rows.mT @ copy @ columns + perturbation(resolution, "low")
         if resolution != side:
-            up = _resizing(resolution, side).to(x)
+            up = _resizing(resolution, side, x.device, x.dtype)
             small = up @ small @ up.T
         copies.append(small + perturbation(resolution, "high"))
     return torch.cat(copies, dim=1).clamp(0, 1)
 
 
+# Kept where they are used, since a copy to a GPU at each forward would wait for it; and so that gradients can go through them, whoever
+# comes first.
 @cache
-def _resizing(side: int, to: int) -> Tensor:
-    """Return the matrix (to, side) of bicubic interpolation along one axis, without antialiasing, in float64."""
+@torch.inference_mode(False)
+def _resizing(side: int, to: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the matrix (to, side) of bicubic interpolation along one axis, without antialiasing, computed in float64."""
     identity = torch.eye(side, dtype=torch.float64)[None, None]
-    return functional.interpolate(identity, size=(to, side), mode="bicubic")[0, 0]
+    return functional.interpolate(identity, size=(to, side), mode="bicubic")[0, 0].to(device, dtype)
+
+
+@cache
+@torch.inference_mode(False)
+def _luma(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the weights (1, 3, 1, 1) of the colours' brightness."""
+    return torch.tensor([0.2989, 0.587, 0.114], device=device, dtype=dtype).reshape(1, 3, 1, 1)
 
 
 class MultiResolution(Defense):
