@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from robench import attacks, console, demo, record, zoo
@@ -401,7 +400,6 @@ def test_a_corrupt_record_is_named(robench: Robench, saved: Record, tmp_path: Pa
     assert "leaderboard/records/zzz.json is not a valid record" in error_line(robench(command))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none_is_an_error(evaluate: Robench) -> None:
     assert "no device 'cuda' here; it has cpu" in error_line(evaluate("--device", "cuda"))
 
