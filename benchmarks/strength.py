@@ -36,7 +36,8 @@ SUBJECTS = {
     "cifar10": (
         ("natural", "Linf:8/255"), ("single_adv", "Linf:8/255"), ("separate2_adv", "Linf:8/255"), ("ensemble2_adv", "Linf:8/255"),
         ("robust,eps=0.5", "L2:0.5"), ("robust_average,k=4,eps=0.22", "L2:0.5"), ("composite", "L2:0.5"),
-        ("saturated_logits", "Linf:8/255"), ("quantised_input", "Linf:8/255"), ("multires_self_ensemble", "Linf:8/255"),
+        ("saturated_logits", "Linf:8/255"), ("rounded_logits", "Linf:8/255"), ("quantised_input", "Linf:8/255"),
+        ("multires_self_ensemble", "Linf:8/255"),
     ),
 }  # fmt: skip
 """Defenses by data set, of the zoo or decoys on its natural network, each with the threat model it is attacked within."""
