@@ -30,11 +30,11 @@ def cifar10_blocks() -> dict[str, str]:
         defense_versions={name: entry.version for name, entry in entries().items()},
     )
     cells = [
-        [row.strongest.defense.name, row.strongest.threat, str(row.clean), row.bound, row.strongest.attack.name,
+        [row.strongest.defense.name, row.strongest.scale, row.strongest.threat, str(row.clean), row.bound, row.strongest.attack.name,
          f"{row.strongest.cost.forwards:,.0f} / {row.strongest.cost.backwards:,.0f}"]
         for row in rows
     ]  # fmt: skip
-    headers = ("defense", "threat", "clean accuracy", "robust accuracy", "strongest attack", "its forwards / backwards per image")
+    headers = ("defense", "scale", "threat", "clean accuracy", "robust accuracy", "strongest attack", "its forwards / backwards per image")
     return {
         "cifar10 leaderboard": tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True),
         "cifar10 verdicts": verdicts.as_markdown(settle_all(records, "cifar10")),
