@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -14,6 +14,7 @@ from robench import record, verdicts, zoo
 from robench.claim import Claim, Trial
 from robench.errors import UserError
 from robench.files import write_atomic
+from robench.record import Record
 from robench.settlement import Settlement, matching, settle
 from robench.workbench import Workbench, default_scale
 from robench.zoo import Scale
@@ -76,10 +77,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def workbench(request: pytest.FixtureRequest) -> Callable[[str, Scale], Workbench]:
+def known(request: pytest.FixtureRequest) -> list[Record]:
+    """Return the records that are taken as measured."""
+    option = request.config.getoption
+    return [] if option("--fresh") or not option("--records").is_dir() else record.load_folder(option("--records"))
+
+
+@pytest.fixture(scope="session")
+def workbench(request: pytest.FixtureRequest, known: list[Record]) -> Callable[[str, Scale], Workbench]:
     """Return a function that gives the workbench of a data set and scale, one for the whole run."""
     option = request.config.getoption
-    known = [] if option("--fresh") or not option("--records").is_dir() else record.load_folder(option("--records"))
     benches: dict[tuple[str, Scale], Workbench] = {}
 
     def give(dataset: str, scale: Scale) -> Workbench:
@@ -94,7 +101,9 @@ def workbench(request: pytest.FixtureRequest) -> Callable[[str, Scale], Workbenc
 
 
 @pytest.fixture
-def settle_case(request: pytest.FixtureRequest, workbench: Callable[[str, Scale], Workbench]) -> Callable[[Case], None]:
+def settle_case(
+    request: pytest.FixtureRequest, known: list[Record], workbench: Callable[[str, Scale], Workbench]
+) -> Callable[[Case], None]:
     """Return the function that settles a claim and compares the outcome with the one the project stands by."""
     option = request.config.getoption
 
@@ -105,7 +114,7 @@ def settle_case(request: pytest.FixtureRequest, workbench: Callable[[str, Scale]
             pytest.skip(f"{case.claim.name} is not claimed on {dataset} at scale {scale}, but at {', '.join(case.trial.scales)}")
         bench = workbench(dataset, scale)
         try:
-            settlement = settle(case.claim, dataset, scale, _ready(bench), seeds=option("--seeds"))
+            settlement = settle(case.claim, dataset, scale, _ready(bench, known), seeds=option("--seeds"))
         except _MissingError as missing:
             pytest.skip(str(missing))
         except LookupError as error:
@@ -120,14 +129,15 @@ class _MissingError(Exception):
     """What a measurement needs and is not there."""
 
 
-def _ready(bench: Workbench) -> Callable[..., Any]:
+def _ready(bench: Workbench, known: list[Record]) -> Callable[..., Any]:
     """Return the workbench's `find`, which says what is missing instead of measuring where it cannot.
 
-    What is recorded is taken as it is: without all attacks that it should be held against, the claim is open until a campaign runs them.
+    What is `known` is taken as it is: without all attacks that it should be held against, the claim is open until a campaign runs them.
     """
+    shelf = replace(bench, records=known)
 
     def find(accuracy: Any, seed: int) -> Any:
-        if bench.recorded(accuracy, seed):
+        if shelf.recorded(accuracy, seed):
             return matching(bench.records, accuracy, bench.dataset_name, bench.scale, seed)
         if bench.device == "cuda" and not torch.cuda.is_available():
             raise _MissingError(
