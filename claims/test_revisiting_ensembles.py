@@ -39,8 +39,6 @@ FOUR = Standing(
     "about 6 points are left, and 300 images leave 4 of them in doubt.",
 )  # fmt: skip
 
-LACKING = Standing(("reproduced",), ("open",), "Not yet put to all attacks that this scale holds claims against (apgd-t on the average).")
-
 CLAIMS = [
     Claim(
         name="average-matches-stronger",
@@ -57,7 +55,7 @@ CLAIMS = [
                 scales=("smoke",),
                 standing={"smoke": FOUR},
             ),
-            Trial("cifar10", robust(AVERAGE, "L2:0.5", PGD) - robust(SINGLE, "L2:0.5", PGD), {"cpu": LACKING}),
+            Trial("cifar10", robust(AVERAGE, "L2:0.5", PGD) - robust(SINGLE, "L2:0.5", PGD)),
         ),
     ),
     Claim(
@@ -78,7 +76,7 @@ CLAIMS = [
         published="8 x Robust .22: 68.79, Robust .22: 59.47",
         expect=above(0.0),
         tolerance=0.03,
-        trials=(Trial("cifar10", robust(AVERAGE, "L2:0.5", PGD) - robust(WEAK, "L2:0.5", PGD), {"cpu": LACKING}),),
+        trials=(Trial("cifar10", robust(AVERAGE, "L2:0.5", PGD) - robust(WEAK, "L2:0.5", PGD)),),
     ),
     Claim(
         name="average-wins-area",
@@ -88,7 +86,7 @@ CLAIMS = [
         published="8 x Robust .22: .781, Robust .5: .767",
         expect=above(0.0),
         tolerance=0.03,
-        trials=(Trial("cifar10", area_under_curve(AVERAGE) - area_under_curve(SINGLE), {"cpu": LACKING}),),
+        trials=(Trial("cifar10", area_under_curve(AVERAGE) - area_under_curve(SINGLE)),),
     ),
     Claim(
         name="composite-keeps-robustness",
