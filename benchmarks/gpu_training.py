@@ -16,9 +16,8 @@ from functools import partial
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch.nn import functional
 
-from benchmarks.training import BATCH, STEPS, ensemble, recipe
+from benchmarks.training import BATCH, STEPS, ensemble, recipe, straightforward_step
 from robench import record, throughput, training
 from robench.batches import batches
 from robench.captured import Stepper, can_record
@@ -26,7 +25,6 @@ from robench.defense import Ensemble
 from robench.exact import exact_arithmetic
 from robench.noise import Draw
 from robench.recipe import Recipe
-from robench.threat import ThreatModel
 from zoo.backbones import backbone
 
 DEVICE = "cuda"
@@ -49,24 +47,11 @@ def ours(defense: Ensemble, images: Tensor, labels: Tensor, how: Recipe, recordi
 
 def straightforward(defense: Ensemble, images: Tensor, labels: Tensor, how: Recipe) -> Iterator[None]:
     """Train likewise, the common way."""
-    assert how.attack is not None
     defense.to(DEVICE)
     optimiser = torch.optim.SGD(defense.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=how.weight_decay)
-    epsilon = ThreatModel.parse(how.attack.threat).epsilon
     while True:
         for chosen in torch.randperm(len(images)).split(BATCH):
-            x, y = images[chosen.to(DEVICE)].float() / 255, labels[chosen.to(DEVICE)]
-            defense.eval()
-            delta = torch.empty_like(x).uniform_(-epsilon, epsilon)
-            for _ in range(STEPS):
-                delta = ((x + delta).clamp(0, 1) - x).detach().requires_grad_()
-                functional.cross_entropy(defense(x + delta), y).backward()
-                assert delta.grad is not None
-                delta = (delta.detach() + how.attack.step_size * delta.grad.sign()).clamp(-epsilon, epsilon)
-            defense.train()
-            optimiser.zero_grad()
-            functional.cross_entropy(defense((x + delta).clamp(0, 1)), y).backward()
-            optimiser.step()
+            straightforward_step(defense, optimiser, images[chosen.to(DEVICE)].float() / 255, labels[chosen.to(DEVICE)], how)
             yield
 
 

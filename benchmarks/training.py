@@ -64,9 +64,25 @@ def ours(defense: Ensemble, split: Dataset, how: Recipe) -> Iterator[None]:
             yield
 
 
+def straightforward_step(defense: Ensemble, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, how: Recipe) -> None:
+    """Take a step of PGD training on images and labels, the common way."""
+    assert how.attack is not None
+    epsilon = ThreatModel.parse(how.attack.threat).epsilon
+    defense.eval()
+    delta = torch.empty_like(x).uniform_(-epsilon, epsilon)
+    for _ in range(STEPS):
+        delta = ((x + delta).clamp(0, 1) - x).detach().requires_grad_()
+        functional.cross_entropy(defense(x + delta), y).backward()
+        assert delta.grad is not None
+        delta = (delta.detach() + how.attack.step_size * delta.grad.sign()).clamp(-epsilon, epsilon)
+    defense.train()
+    optimiser.zero_grad()
+    functional.cross_entropy(defense((x + delta).clamp(0, 1)), y).backward()
+    optimiser.step()
+
+
 def straightforward(defense: Ensemble, split: Dataset, how: Recipe) -> Iterator[None]:
     """Train likewise, the common way."""
-    assert how.attack is not None
     side = split.image_shape[1]
     steps_of = {"none": [], "crop-flip": [transforms.RandomCrop(side, side // 8), transforms.RandomHorizontalFlip()]}
     transform = transforms.Compose([transforms.ToPILImage(), *steps_of[how.augmentation], transforms.ToTensor()])
@@ -77,21 +93,11 @@ def straightforward(defense: Ensemble, split: Dataset, how: Recipe) -> Iterator[
 
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(pairs, BATCH, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
     optimiser = torch.optim.SGD(defense.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=how.weight_decay)
-    epsilon, steps, done = ThreatModel.parse(how.attack.threat).epsilon, len(loader) * how.epochs, 0
+    steps, done = len(loader) * how.epochs, 0
     for _ in range(how.epochs):
         for x, y in loader:
-            defense.eval()
-            delta = torch.empty_like(x).uniform_(-epsilon, epsilon)
-            for _ in range(STEPS):
-                delta = ((x + delta).clamp(0, 1) - x).detach().requires_grad_()
-                functional.cross_entropy(defense(x + delta), y).backward()
-                assert delta.grad is not None
-                delta = (delta.detach() + how.attack.step_size * delta.grad.sign()).clamp(-epsilon, epsilon)
-            defense.train()
             optimiser.param_groups[0]["lr"] = learning_rate(how, done, steps)
-            optimiser.zero_grad()
-            functional.cross_entropy(defense((x + delta).clamp(0, 1)), y).backward()
-            optimiser.step()
+            straightforward_step(defense, optimiser, x, y, how)
             done += 1
             yield
 
