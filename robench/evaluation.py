@@ -28,6 +28,7 @@ from robench.noise import Draw
 from robench.parts import Chunk, Controls, Part
 from robench.recipe import Precision
 from robench.record import Provenance, Record
+from robench.replay import recording
 from robench.targets import Target
 from robench.threat import ThreatModel
 
@@ -127,7 +128,7 @@ def measure(
     behaviour = attacked_hash(defense, first, logits, seed)
     made_by = record.provenance(device)
     started, given = time.monotonic(), attack
-    with counted(defense) as learning:
+    with counted(defense) as learning, recording(learning):
         attack = fitted(attack, target, dataset, threat, seed=seed, device=device)
     key = _key(target, dataset, threat, attack, seed, size, precision, behaviour)
     # The key reads what was learnt, so that a GPU is done with it.
@@ -204,7 +205,7 @@ def _attack_chunk(
     x, y = as_float(dataset.images[start:stop]).to(device), dataset.labels[start:stop].to(device)
     examples = torch.arange(start, stop, device=device)
     with counted(defense) as cost:
-        found = _adversarial(defense, x, y, threat, attack, examples, seed, precision)
+        found = _adversarial(defense, x, y, threat, attack, examples, seed, precision, cost)
     x_adv = found.x_adv
     if (problem := threat.violation(x_adv, x)) is not None:
         raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
@@ -217,20 +218,23 @@ def _attack_chunk(
 
 
 def _adversarial(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, attack: Attack, examples: Tensor, seed: int, precision: str
-) -> Found:
+    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, attack: Attack, examples: Tensor, seed: int, precision: str,
+    cost: Cost,
+) -> Found:  # fmt: skip
     """Attack in the given precision; what fools the defense only in reduced precision is attacked again in float32."""
     if precision == "float32":
-        return attack.run(defense, x, y, threat, examples=examples, seed=seed)
+        with recording(cost):
+            return attack.run(defense, x, y, threat, examples=examples, seed=seed)
     like = Draw(seed, examples[:16]) if defense.random else None
-    with folded(defense, x[:16], like), torch.autocast(x.device.type, torch.bfloat16):
+    with folded(defense, x[:16], like), torch.autocast(x.device.type, torch.bfloat16), recording(cost):
         found = attack.run(defense, x, y, threat, examples=examples, seed=seed)
         x_adv = found.x_adv.float()
         claimed = predictions(defense, x_adv, examples, seed)[0] != y
     if not defense.random:
         again = claimed & (predictions(defense, x_adv, examples, seed)[0] == y)
         if bool(again.any()):
-            x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
+            with recording(cost):
+                x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
     return replace(found, x_adv=x_adv)
 
 

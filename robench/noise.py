@@ -41,6 +41,24 @@ class Draw:
     number: int = 0
 
 
+class OnDevice(int):
+    """A draw's number that a recording reads from the device at each replay, instead of the one it was recorded with.
+
+    Attributes:
+        place: int64 (), the number.
+        reads: is given what the recording reads beside it, which has to live as long.
+    """
+
+    place: Tensor
+    reads: list[Tensor]
+
+    def __new__(cls, place: Tensor, reads: list[Tensor], number: int = 0) -> "OnDevice":
+        """Return a number that is `number` to the host."""
+        made = super().__new__(cls, number)
+        made.place, made.reads = place, reads
+        return made
+
+
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor | int]) -> list[Tensor]:
     """Return the four words of Philox4x32-10 for four broadcastable int64 tensors, and two of key, holding 32-bit words."""
     c0, c1, c2, c3 = counter
@@ -121,7 +139,11 @@ def _on_device(seed: int, uses: tuple[tuple[str, int], ...], device: torch.devic
 
 def _words_of_tensors(examples: Tensor, number: int, places: Tensor) -> Tensor:
     make = _fused() if examples.device.type == "cuda" and has_triton() else _rows_of_words
-    drawn = torch.full((), number & _MASK, dtype=torch.int64, device=examples.device)
+    if isinstance(number, OnDevice):
+        number.reads.append(places)
+        drawn = number.place & _MASK
+    else:
+        drawn = torch.full((), number & _MASK, dtype=torch.int64, device=examples.device)
     return make(examples, drawn, places).reshape(len(examples), 4 * places.shape[1])
 
 

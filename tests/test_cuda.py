@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robench import attacks, captured, data, evaluation, noise, targets, zoo
+from robench import attacks, captured, data, evaluation, noise, replay, targets, zoo
 from robench.aggregate import mean_of_logits
 from robench.data import Dataset
 from robench.defense import Ensemble
@@ -61,6 +61,10 @@ def networks(count: int) -> Ensemble:
     return Ensemble([zoo.parse("natural").build(dataclasses.replace(setting, seed=i)).defense for i in range(count)], mean_of_logits)
 
 
+def zoo_defense(name: str) -> nn.Module:
+    return zoo.parse(name).build(zoo.Setting("digits", 10, (3, 16, 16), "smoke", 0)).defense
+
+
 def trained(recipe: Recipe, digits: Dataset, folder: Path, module: nn.Module | None = None) -> str:
     defense = networks(2) if module is None else Ensemble([module], mean_of_logits)
     train(defense, (Stage(recipe, 0),), digits, folder=folder, device="cuda")
@@ -84,6 +88,17 @@ def test_recorded_steps_train_the_same_weights(name: str, digits: Dataset, tmp_p
     assert trained(RECIPES[name], digits, tmp_path / "b") == recorded, "the same command, the same weights"
     monkeypatch.setattr("robench.training.can_record", lambda _module, _device: False)
     assert trained(RECIPES[name], digits, tmp_path / "c") == recorded
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["plain", "adversarial", "predictors"])
+def test_recorded_steps_of_a_random_defense_draw_what_the_usual_ones_do(
+    name: str, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured.Stepper, "_usual", captured.WARM_UP)
+    recorded = trained(RECIPES[name], digits, tmp_path / "a", zoo_defense("multires_self_ensemble"))
+    monkeypatch.setattr("robench.training.can_record", lambda _module, _device: False)
+    assert trained(RECIPES[name], digits, tmp_path / "b", zoo_defense("multires_self_ensemble")) == recorded
 
 
 @needs_gpu
@@ -140,6 +155,36 @@ def test_an_attack_on_a_gpu_is_as_strong_as_on_the_cpu(attack: str, digits: Data
     assert {record.clean_accuracy.value for record in records} == {records[0].clean_accuracy.value}
     assert abs(half - cpu) <= 0.02
     assert abs(single - cpu) <= 0.02
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "attack", ["pgd-30,draws=2", "apgd-ce,steps=30,draws=2", "adaptive,steps=30,draws=2,queries=50", "universal,epochs=2"]
+)
+@pytest.mark.parametrize("name", ["multires_self_ensemble", "multires_ensemble3", "ensemble2"])
+def test_replayed_attacks_are_the_usual_ones(name: str, attack: str, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    test, threat = data.load("digits", "test").first(64), ThreatModel.parse("Linf:32/255")
+    made, record = list[bool](), replay.record
+
+    def watched(*call: Any) -> Any:
+        found = record(*call)
+        made.append(found is not None)
+        return found
+
+    def measured() -> Any:
+        return evaluation.measure(
+            targets.of_module(zoo_defense(name), name), test, threat, attacks.parse(attack), device="cuda", precision=precision
+        )
+
+    monkeypatch.setattr(replay, "record", watched)
+    replayed = measured()
+    assert made
+    assert all(made)
+    monkeypatch.setattr(replay, "DEVICE", "none")
+    usual = measured()
+    assert replayed.cost == usual.cost
+    assert replayed.robust_accuracy.value == pytest.approx(usual.robust_accuracy.value, abs=0.05)
 
 
 def test_exact_arithmetic_leaves_the_settings_as_they_were() -> None:

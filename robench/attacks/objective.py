@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robench import replay
 from robench.defense import Defense
 from robench.noise import Draw
 
@@ -84,9 +85,9 @@ def evaluate_point(
         with torch.set_grad_enabled(gradient):
             draw = Draw(seed, examples, number) if defense.random else None
             if guide is None:
-                logits = seen = defense(point, draw)
+                logits = seen = replay.logits(defense, point, draw)
             else:
-                predictors = defense.predictors(point, draw)
+                predictors = replay.predictors(defense, point, draw)
                 logits, seen = defense.aggregate(predictors.detach()), guide(predictors)
             each = objective(seen)
         if gradient:
