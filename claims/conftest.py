@@ -1,21 +1,21 @@
 """How claims run as tests: options, markers, one test for each claim and data set, and the table at the end."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import pytest
 import torch
 from rich.console import Console
 
 from robench import record, verdicts, zoo
-from robench.claim import Claim, Trial
+from robench.claim import Accuracy, Claim, Trial
 from robench.errors import UserError
 from robench.files import write_atomic
 from robench.record import Record
-from robench.settlement import Settlement, matching, settle
+from robench.settlement import Find, Settlement, copies, matching, settle
 from robench.workbench import Workbench, default_scale
 from robench.zoo import Scale
 
@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("robench")
     group.addoption("--gpu", action="store_true", help="run the claims at gpu scale, on a CUDA device")
     group.addoption("--scale", choices=get_args(Scale), help="run the claims at this scale")
-    group.addoption("--seeds", type=_count, default=1, help="independently trained copies of each defense (default 1)")
+    group.addoption("--seeds", type=_count, help="independently trained copies of each defense (default: as many as are recorded, else 1)")
     group.addoption("--n", type=_count, help="test examples (default: the scale's)")
     group.addoption("--records", type=Path, default=RECORDS, help="folder of records that are taken as measured")
     group.addoption("--fresh", action="store_true", help="measure everything anew, whatever records there are")
@@ -113,8 +113,9 @@ def settle_case(
         if scale not in case.trial.scales:
             pytest.skip(f"{case.claim.name} is not claimed on {dataset} at scale {scale}, but at {', '.join(case.trial.scales)}")
         bench = workbench(dataset, scale)
+        recorded = _recorded(bench, known)
         try:
-            settlement = settle(case.claim, dataset, scale, _ready(bench, known), seeds=option("--seeds"))
+            settlement = settle(case.claim, dataset, scale, _ready(bench, recorded), option("--seeds") or copies(case.trial, recorded))
         except _MissingError as missing:
             pytest.skip(str(missing))
         except LookupError as error:
@@ -129,16 +130,26 @@ class _MissingError(Exception):
     """What a measurement needs and is not there."""
 
 
-def _ready(bench: Workbench, known: list[Record]) -> Callable[..., Any]:
-    """Return the workbench's `find`, which says what is missing instead of measuring where it cannot.
+def _recorded(bench: Workbench, known: list[Record]) -> Find:
+    """Return what gives the records of an accuracy where what is `known` is enough, and nothing where it is not.
 
-    What is `known` is taken as it is: without all attacks that it should be held against, the claim is open until a campaign runs them.
+    It is taken as it is: without all attacks that it should be held against, the claim is open until a campaign runs them.
     """
     shelf = replace(bench, records=known)
 
-    def find(accuracy: Any, seed: int) -> Any:
-        if shelf.recorded(accuracy, seed):
-            return matching(bench.records, accuracy, bench.dataset_name, bench.scale, seed)
+    def find(accuracy: Accuracy, seed: int) -> list[Record]:
+        recorded = shelf.recorded(accuracy, seed)
+        return matching(bench.records, accuracy, bench.dataset_name, bench.scale, seed) if recorded else []
+
+    return find
+
+
+def _ready(bench: Workbench, recorded: Find) -> Find:
+    """Return the workbench's `find`, which says what is missing instead of measuring where it cannot."""
+
+    def find(accuracy: Accuracy, seed: int) -> Sequence[Record]:
+        if found := recorded(accuracy, seed):
+            return found
         if bench.device == "cuda" and not torch.cuda.is_available():
             raise _MissingError(
                 f"no record of {accuracy.defense} on {bench.dataset_name} at scale {bench.scale}, and no CUDA device to measure it: "

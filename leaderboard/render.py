@@ -30,7 +30,7 @@ def cifar10_blocks() -> dict[str, str]:
         defense_versions={name: entry.version for name, entry in entries().items()},
     )
     cells = [
-        [row.strongest.defense.name, row.strongest.scale, row.strongest.threat, str(row.clean), row.bound, row.strongest.attack.name,
+        [_copy(row.strongest), row.strongest.scale, row.strongest.threat, str(row.clean), row.bound, row.strongest.attack.name,
          f"{row.strongest.cost.forwards:,.0f} / {row.strongest.cost.backwards:,.0f}"]
         for row in rows
     ]  # fmt: skip
@@ -39,6 +39,11 @@ def cifar10_blocks() -> dict[str, str]:
         "cifar10 leaderboard": tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True),
         "cifar10 verdicts": verdicts.as_markdown(settle_all(records, "cifar10")),
     }
+
+
+def _copy(r: record.Record) -> str:
+    """Return a defense's name, and which of its independently trained copies it is where it is not the first."""
+    return f"{r.defense.name} (seed {r.defense.training_seed})" if r.defense.training_seed else r.defense.name
 
 
 def demo_block(folder: Path) -> dict[str, str]:

@@ -138,13 +138,18 @@ def _on_device(seed: int, uses: tuple[tuple[str, int], ...], device: torch.devic
 
 
 def _words_of_tensors(examples: Tensor, number: int, places: Tensor) -> Tensor:
-    make = _fused() if examples.device.type == "cuda" and has_triton() else _rows_of_words
     if isinstance(number, OnDevice):
         number.reads.append(places)
         drawn = number.place & _MASK
     else:
         drawn = torch.full((), number & _MASK, dtype=torch.int64, device=examples.device)
-    return make(examples, drawn, places).reshape(len(examples), 4 * places.shape[1])
+    if examples.device.type == "cuda" and has_triton():
+        # It is compiled for each state of these, and for few of them.
+        with torch.no_grad(), torch.autocast("cuda", enabled=False, cache_enabled=True):
+            found = _fused()(examples, drawn, places)
+    else:
+        found = _rows_of_words(examples, drawn, places)
+    return found.reshape(len(examples), 4 * places.shape[1])
 
 
 def _rows_of_words(examples: Tensor, number: Tensor, places: Tensor) -> Tensor:

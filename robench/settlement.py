@@ -4,6 +4,7 @@ The verdict comes from the quantity's 95 % interval under the paper's own attack
 strongest attacks, all those that its scale holds claims against.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -258,8 +259,22 @@ def _current(r: Record) -> bool:
     return name not in known or known[name].version == r.attack.version
 
 
+def copies(trial: Trial, find: Find) -> int:
+    """Return how many independently trained copies, numbered from 0, all accuracies of a trial are recorded of on as many examples.
+
+    It is 1 at least.
+    """
+    accuracies = [accuracy for _, accuracy in trial.quantity.terms]
+
+    def examples(seed: int) -> list[int]:
+        return [found[0].dataset.n if (found := find(accuracy, seed)) else 0 for accuracy in accuracies]
+
+    first = examples(0)
+    return next(seed for seed in itertools.count(1) if examples(seed) != first or not all(first))
+
+
 def settle_all(records: Sequence[Record], dataset: str | None = None) -> list[Settlement]:
-    """Return what every claim comes to by these records alone, on each data set and scale that they measure."""
+    """Return what every claim comes to by these records alone, on each data set and scale that they measure, by all copies there are."""
     settled = []
     for claim in discover():
         for trial in claim.trials:
@@ -271,7 +286,7 @@ def settle_all(records: Sequence[Record], dataset: str | None = None) -> list[Se
                     return matching(records, accuracy, trial.dataset, scale, seed)
 
                 try:
-                    settled.append(settle(claim, trial.dataset, scale, find))
+                    settled.append(settle(claim, trial.dataset, scale, find, copies(trial, find)))
                 except LookupError:
                     continue
     return settled

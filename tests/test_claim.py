@@ -32,7 +32,7 @@ from robench.claim import (
 from robench.errors import UserError
 from robench.estimate import Estimate
 from robench.record import Record
-from robench.settlement import Settlement, judge, matching, settle
+from robench.settlement import Settlement, copies, judge, matching, settle
 from robench.threat import ThreatModel
 from robench.zoo import Paper
 
@@ -367,6 +367,21 @@ def test_seeds_are_averaged_and_their_spread_is_kept(make_record: Build) -> None
     assert settled.estimate.seeds == pytest.approx((0.2, 0.2, 0.35))
     assert {seed for _, seed in found.asked} == {0, 1, 2}
     assert settled.as_dict()["ours"]["seeds"] == pytest.approx([0.2, 0.2, 0.35])  # type: ignore[index]
+
+
+def test_as_many_copies_count_as_all_accuracies_have_on_as_many_examples(make_record: Build) -> None:
+    def found(**counts: list[int]) -> Shelf:
+        return Shelf({
+            (name, seed): [make_record(fractions(0.5, n), defense={"name": name})]
+            for name, given in counts.items()
+            for seed, n in enumerate(given)
+        })  # fmt: skip
+
+    trial = a_claim(better()).trials[0]
+    assert copies(trial, found(a=[400, 400, 400], b=[400, 400])) == 2
+    assert copies(trial, found(a=[400, 400], b=[400, 300])) == 1
+    assert copies(trial, found(a=[400])) == 1
+    assert copies(trial, found(a=[], b=[])) == 1
 
 
 def test_a_missing_record_is_named(make_record: Build) -> None:
