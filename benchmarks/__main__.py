@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import decoys, engine, gpu_training, overhead, stack, strength, training
 
+SHORT_ROUNDS = 3
 SHORT_STRENGTH = ["--n", "20"]
 FULL_STRENGTH = ["--dataset", "cifar10", "--attack", "autoattack", "--attack", "fast", "--precision", "bfloat16", "--n", "1000"]
 SHORT_DECOYS = ["--n", "30", "--attacks", "fast", "adaptive"]
@@ -21,13 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="all steps, queries, attacks and examples")
     full = parser.parse_args(arguments).full
-    overhead.main()
+    overhead.main(overhead.ROUNDS if full else SHORT_ROUNDS)
     print()
-    engine.main(["--full"] if full else [])
+    engine.main(["--full" if full else "--short"])
     print()
     stack.main()
     print()
-    training.main(["--equal"] if full else [])
+    training.main(["--equal"] if full else ["--rounds", "1"])
     if torch.cuda.is_available():
         print()
         gpu_training.main()

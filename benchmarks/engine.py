@@ -2,6 +2,7 @@
 
     python -m benchmarks.engine          a quarter of the steps and queries; what is measured is proportional to them
     python -m benchmarks.engine --full   100 steps and 5000 queries
+    python -m benchmarks.engine --short  an eighth of them, on half as many images
 
 The budget is so small that nothing is fooled: every image takes every step of every stage. Ours runs in bfloat16 with batch norm folded
 where the processor multiplies bfloat16, as `robench evaluate --precision bfloat16` does; pyautoattack as it is published.
@@ -68,19 +69,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Time every stage both ways, in turn, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--full", action="store_true", help="all steps and queries")
-    full = parser.parse_args(arguments).full
+    parser.add_argument("--short", action="store_true", help="an eighth of them, on half as many images")
+    chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.getLogger("auto-attack").disabled = True
     torch.set_num_threads(1)
     half = native_bfloat16("cpu")
-    steps, queries = (100, 5000) if full else (25, 1250)
+    steps, queries = (100, 5000) if chosen.full else (12, 625) if chosen.short else (25, 1250)
+    images = IMAGES // 2 if chosen.short else IMAGES
     with isolated_generator(0):
         # Frozen for both: the reference as published also takes the weights' gradients, at its FAB's cost.
         network = narrow_resnet18().eval().requires_grad_(False)
-        x = torch.rand(4 * IMAGES, 3, 32, 32)
+        x = torch.rand(4 * images, 3, 32, 32)
     # The network's own predictions as labels, of the images that are not near a boundary: bfloat16 must not take one for fooled.
     logits = network(x).detach().topk(2, dim=1).values
-    x = x[(logits[:, 0] - logits[:, 1]).topk(IMAGES).indices]
+    x = x[(logits[:, 0] - logits[:, 1]).topk(images).indices]
     y = network(x).argmax(1)
     rows, total = list[list[str]](), [0.0, 0.0]
     for stage in STAGES:
@@ -95,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     source = record.provenance("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     computed = "bfloat16, batch norm folded" if half else "float32"
-    print(f"\nResNet-18 of width 16, {IMAGES} images together that stay robust, {steps} steps and {queries} queries.")
+    print(f"\nResNet-18 of width 16, {images} images together that stay robust, {steps} steps and {queries} queries.")
     print(f"Processor time, one thread; robench in {computed}, pyautoattack in float32.")
     print(f"{source.processor}; {versions}; {platform.system()}\ncommit {source.commit}")
 

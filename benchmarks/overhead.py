@@ -94,8 +94,8 @@ def contenders(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[
     }
 
 
-def main() -> None:
-    """Time every contender on two networks, in turn, and print the table."""
+def main(rounds: int = ROUNDS) -> None:
+    """Time every contender on two networks, in turn, so many rounds, and print the table."""
     warnings.simplefilter("ignore")
     logging.getLogger("auto-attack").disabled = True
     torch.set_num_threads(1)
@@ -107,16 +107,16 @@ def main() -> None:
         # The network's own predictions as labels: nothing starts out fooled.
         y = network(x).argmax(1)
         timed = contenders(network, x, y)
-        rounds = [{name: per_iteration(run) for name, run in timed.items()} for _ in range(ROUNDS)]
+        timings = [{name: per_iteration(run) for name, run in timed.items()} for _ in range(rounds)]
         for name in timed:
-            ratio = statistics.median(r[name] / r["bare"] for r in rounds)
-            cost = statistics.median(r[name] for r in rounds)
+            ratio = statistics.median(r[name] / r["bare"] for r in timings)
+            cost = statistics.median(r[name] for r in timings)
             rows.append([label, batch, name, f"{1000 * cost:.2f}", f"{ratio:.2f}"])
     headers = ["network", "batch", "attack", "ms per iteration", "ratio to bare"]
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
     source = record.provenance("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
-    print(f"\nmedians of {ROUNDS} rounds, one thread, processor time; {source.processor}; {versions}; {platform.system()}")
+    print(f"\nmedians of {rounds} rounds, one thread, processor time; {source.processor}; {versions}; {platform.system()}")
     print(f"commit {source.commit}")
 
 

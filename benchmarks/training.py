@@ -105,12 +105,12 @@ def straightforward(defense: Ensemble, split: Dataset, how: Recipe) -> Iterator[
 WAYS = {"robench": ours, "straightforward": straightforward}
 
 
-def speeds(members: int, split: Dataset) -> dict[str, list[float]]:
+def speeds(members: int, split: Dataset, rounds: int) -> dict[str, list[float]]:
     """Return the images a processor second of each way, a value for each round; the ways take turns."""
     how = recipe("Linf:8/255")
     running = {name: way(ensemble(members, narrow_resnet18), split, how) for name, way in WAYS.items()}
     measured: dict[str, list[float]] = {name: [] for name in WAYS}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for name, steps in running.items():
             started = time.process_time()
             next(steps)
@@ -149,17 +149,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--equal", action="store_true", help="compare what both ways come to on digits")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"steps that are timed (default {ROUNDS})")
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    count = BATCH * (ROUNDS + 1)
+    count = BATCH * (chosen.rounds + 1)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     split = data.from_tensors(images, torch.randint(0, 10, (count,), generator=generator), 10)
     rows, single = list[list[str]](), dict[str, float]()
     for members in (1, 4):
         operations = throughput.step_operations(ensemble(members, narrow_resnet18), recipe("Linf:8/255"), (3, 32, 32), "cpu", ())
-        measured = speeds(members, split)
+        measured = speeds(members, split, chosen.rounds)
         for name, values in measured.items():
             speed = statistics.median(values)
             single.setdefault(name, speed)
@@ -170,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
     how = training.precision(recipe("Linf:8/255"), "cpu")
     print(f"\nPGD-{STEPS} adversarial training of ResNet-18 of width 16, batch {BATCH}; robench computes in {how}.")
-    print(f"Medians of {ROUNDS} steps in turn, one thread, processor time; GFLOP/s are of convolutions and matrix products.")
+    print(f"Medians of {chosen.rounds} steps in turn, one thread, processor time; GFLOP/s are of convolutions and matrix products.")
     if chosen.equal:
         rows = robust_accuracies(data.load("digits", "train"), data.load("digits", "test"))
         print("\n" + tabulate(rows, headers=["digits, PGD-7, 8 epochs", "clean", "robust, APGD-CE, Linf 48/255"], tablefmt="github"))

@@ -143,7 +143,7 @@ def test_float32_convolutions_are_in_float32() -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("attack", ["apgd-ce,steps=20", "fast", "fab,steps=20", "square,queries=200"])
+@pytest.mark.parametrize("attack", ["apgd-ce,steps=20", "fast", "fab-t,steps=20", "square,queries=200"])
 def test_an_attack_on_a_gpu_is_as_strong_as_on_the_cpu(attack: str, digits: Dataset, tmp_path: Path) -> None:
     defense = networks(1)
     train(defense, (Stage(dataclasses.replace(RECIPES["adversarial"], precision="float32", epochs=8), 0),), digits, folder=tmp_path)
@@ -153,8 +153,8 @@ def test_an_attack_on_a_gpu_is_as_strong_as_on_the_cpu(attack: str, digits: Data
     cpu, half, single = (record.robust_accuracy.value for record in records)
     assert records[1].precision == "bfloat16"
     assert {record.clean_accuracy.value for record in records} == {records[0].clean_accuracy.value}
-    assert abs(half - cpu) <= 0.02
-    assert abs(single - cpu) <= 0.02
+    assert abs(half - cpu) <= 0.03
+    assert abs(single - cpu) <= 0.03
 
 
 @needs_gpu
