@@ -75,7 +75,11 @@ class ThreatModel:
         flat = delta.detach().double().flatten(1)
         return flat.abs().amax(1) if self.norm == "Linf" else flat.norm(p=2 if self.norm == "L2" else 1, dim=1)
 
-    def project(self, x_adv: Tensor, x: Tensor, rounds: int = 20) -> Tensor:
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest that each value of clean images (B, ...) may become, the shape of the images each."""
+        return (x - self.epsilon).clamp_(min=0), (x + self.epsilon).clamp_(max=1)
+
+    def project(self, x_adv: Tensor, x: Tensor, rounds: int = 20, bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the point of the threat model nearest to `x_adv` in the Euclidean sense.
 
         The projection is on the intersection of the ball and the box, not on one after the other: its solution is
@@ -88,9 +92,10 @@ class ThreatModel:
             rounds: for L2, how often at most the scale is solved for anew after values met the box (an attack's steps need
                 about 3, points far outside the box up to 12); 0 scales and then clips, which stays inside the threat model
                 but leaves budget unspent.
+            bounds: those of `x`, where they are known; in Linf the projection clips to them.
         """
         if self.norm == "Linf":
-            return x_adv.clamp(x - self.epsilon, x + self.epsilon).clamp_(0, 1)
+            return x_adv.clamp(*(bounds or self.bounds(x)))
         delta, low, high = (x_adv - x).flatten(1), -x.flatten(1), 1 - x.flatten(1)
         meet = self._meet_l2(delta, low, high, rounds) if self.norm == "L2" else self._meet_l1(delta, low, high)
         return (x + meet.reshape(x.shape)).clamp(0, 1)

@@ -56,6 +56,8 @@ class _Search:
 
     index: Tensor
     x: Tensor
+    low: Tensor
+    high: Tensor
     y: Tensor
     target: Tensor
     examples: Tensor
@@ -79,11 +81,12 @@ class _Search:
 
     def step(self, threat: ThreatModel, first: bool) -> None:
         """Take one step: with momentum for Linf and L2; for L1 without, on the values of largest gradient whatever the box."""
-        direction = steepest(self.gradient, threat.norm, sparsity=self.sparsity)
-        x_new = threat.project(self.x_adv + _column(self.step_size, self.x) * direction, self.x)
+        direction, bounds = steepest(self.gradient, threat.norm, sparsity=self.sparsity), (self.low, self.high)
+        # In place, since on a small network these few operations are what a step costs beside its passes.
+        x_new = threat.project(direction.mul_(_column(self.step_size, self.x)).add_(self.x_adv), self.x, bounds=bounds)
         if threat.norm != "L1" and not first:
-            moved = MOMENTUM * (x_new - self.x_adv) + (1 - MOMENTUM) * (self.x_adv - self.x_before)
-            x_new = threat.project(self.x_adv + moved, self.x)
+            moved = (x_new - self.x_adv).mul_(MOMENTUM).add_((self.x_adv - self.x_before).mul_(1 - MOMENTUM))
+            x_new = threat.project(moved.add_(self.x_adv), self.x, bounds=bounds)
         self.x_before, self.x_adv = self.x_adv, x_new
 
     def see(self, loss: Tensor, gradient: Tensor) -> None:
@@ -160,10 +163,12 @@ def ascend(
 ) -> Tensor:
     """Ascend once from `start`; return the iterate that fooled a deterministic defense, where it stops there, else that of highest loss."""
     result, (count, zero) = start.clone(), (len(x), torch.zeros(len(x), device=x.device))
-    stops = plan.stops and not defense.random
+    stops, (low, high) = plan.stops and not defense.random, threat.bounds(x)
     search = _Search(
         index=torch.arange(count, device=x.device),
         x=x,
+        low=low,
+        high=high,
         y=y,
         target=target,
         examples=examples,

@@ -110,7 +110,7 @@ def default_step_size(threat: ThreatModel, steps: int, given: float | None) -> f
 
 def sign_update(threat: ThreatModel, step_size: float) -> Update:
     """Return the update that takes one step of steepest ascent of this size in the threat model's norm."""
-    return lambda x_adv, gradient: x_adv + step_size * steepest(gradient, threat.norm, x_adv)
+    return lambda x_adv, gradient: steepest(gradient, threat.norm, x_adv).mul_(step_size).add_(x_adv)
 
 
 def _adam_update(rate: float) -> Update:
@@ -195,7 +195,7 @@ def path(
     restart: int,
 ) -> Iterator[tuple[Tensor, Point]]:
     """Yield each iterate and the defense's behaviour there, from the start to the last."""
-    untargeted, x_adv = loss_named(loss), start
+    untargeted, x_adv, bounds = loss_named(loss), start, threat.bounds(x)
     for step in range(steps + 1):
         point = evaluate_point(
             defense,
@@ -209,7 +209,7 @@ def path(
         )
         yield x_adv, point
         if step < steps:
-            x_adv = threat.project(update(x_adv, point.gradient), x)
+            x_adv = threat.project(update(x_adv, point.gradient), x, bounds=bounds)
 
 
 def best_of(iterates: Iterable[tuple[Tensor, Point]], random: bool) -> Tensor:
