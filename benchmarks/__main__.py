@@ -12,9 +12,11 @@ import torch
 from benchmarks import decoys, engine, gpu_training, overhead, stack, strength, training
 
 SHORT_ROUNDS = 3
-SHORT_STRENGTH = ["--n", "20"]
+SHORT_STRENGTH = ["--n", "20", "--attack", "autoattack", "--attack", "fast", "--defense", "natural", "--defense", "single_adv",
+                  "--defense", "robust,eps=2"]  # fmt: skip
 FULL_STRENGTH = ["--dataset", "cifar10", "--attack", "autoattack", "--attack", "fast", "--precision", "bfloat16", "--n", "1000"]
-SHORT_DECOYS = ["--n", "30", "--attacks", "fast", "adaptive"]
+SHORT_DECOYS = ["--n", "20", "--attacks", "fast", "adaptive", "--only", "natural", "single_adv", "saturated_logits", "hard_vote",
+                "quantised_input", "shattered", "gaussian_noise"]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
