@@ -24,8 +24,9 @@ from robench.attacks import Attack, mean_surrogate
 from robench.data import Dataset, as_float
 from robench.defense import Defense
 from robench.errors import UserError
-from robench.evaluation import measure, predictions
+from robench.evaluation import measure
 from robench.record import Record
+from robench.scoring import predictions
 from robench.targets import Target
 from robench.threat import ThreatModel
 

@@ -15,7 +15,7 @@ from robench.claim import Accuracy, Claim, Trial
 from robench.errors import UserError
 from robench.files import write_atomic
 from robench.record import Record
-from robench.settlement import Find, Settlement, copies, matching, settle
+from robench.settlement import Find, Settlement, UnsettledError, copies, matching, settle
 from robench.workbench import Workbench, default_scale
 from robench.zoo import Scale
 
@@ -118,7 +118,7 @@ def settle_case(
             settlement = settle(case.claim, dataset, scale, _ready(bench, recorded), option("--seeds") or copies(case.trial, recorded))
         except _MissingError as missing:
             pytest.skip(str(missing))
-        except LookupError as error:
+        except UnsettledError as error:
             pytest.fail(f"{case.claim.name} on {dataset}: {error.args[0]}", pytrace=False)
         request.config.stash[SETTLED].append(settlement)
         _compare(settlement)

@@ -29,21 +29,17 @@ def cifar10_blocks() -> dict[str, str]:
         attack_versions={name: attack.version for name, attack in registered().items()},
         defense_versions={name: entry.version for name, entry in entries().items()},
     )
+    strongest = [(row, row.strongest) for row in rows]
     cells = [
-        [_copy(row.strongest), row.strongest.scale, row.strongest.threat, str(row.clean), row.bound, row.strongest.attack.name,
-         f"{row.strongest.cost.forwards:,.0f} / {row.strongest.cost.backwards:,.0f}"]
-        for row in rows
+        [zoo_page.copy_name(r.defense.name, r.defense.training_seed), r.scale, r.threat, str(row.clean), row.bound, r.attack.name,
+         f"{r.cost.forwards:,.0f} / {r.cost.backwards:,.0f}"]
+        for row, r in strongest
     ]  # fmt: skip
     headers = ("defense", "scale", "threat", "clean accuracy", "robust accuracy", "strongest attack", "its forwards / backwards per image")
     return {
         "cifar10 leaderboard": tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True),
         "cifar10 verdicts": verdicts.as_markdown(settle_all(records, "cifar10")),
     }
-
-
-def _copy(r: record.Record) -> str:
-    """Return a defense's name, and which of its independently trained copies it is where it is not the first."""
-    return f"{r.defense.name} (seed {r.defense.training_seed})" if r.defense.training_seed else r.defense.name
 
 
 def demo_block(folder: Path) -> dict[str, str]:

@@ -47,14 +47,21 @@ def _of_attacks(records: Iterable[Record]) -> list[Record]:
     return [r for r in records if r.attack.name in ATTACKS and r.defense.origin == "zoo"]
 
 
+def copy_name(name: str, seed: int) -> str:
+    """Return a defense's name, and which of its independently trained copies it is where it is not the first."""
+    return f"{name} (seed {seed})" if seed else name
+
+
 def _rows(records: Iterable[Record], diagnoses: Iterable[Diagnosis]) -> list[list[str]]:
     """Return a row for each trained defense within each threat model, in the zoo's order."""
     made: dict[tuple[str, str, str], list[Record]] = {}
     for r in records:
-        made.setdefault((r.defense.name, r.threat, r.defense.weights_sha256), []).append(r)
-    examined = {(d["defense"]["name"], d["threat"], d["defense"]["weights_sha256"]): d for d in diagnoses}
+        made.setdefault((copy_name(r.defense.name, r.defense.training_seed), r.threat, r.defense.weights_sha256), []).append(r)
+    examined = {
+        (copy_name(d["defense"]["name"], d["defense"]["training_seed"]), d["threat"], d["defense"]["weights_sha256"]): d for d in diagnoses
+    }
     order = list(zoo.entries())
-    subjects = sorted({*made, *examined}, key=lambda subject: (order.index(subject[0].partition(",")[0]), subject))
+    subjects = sorted({*made, *examined}, key=lambda subject: (order.index(subject[0].partition(",")[0].partition(" ")[0]), subject))
     return [[*subject[:2], *_cells(made.get(subject, []), examined.get(subject))] for subject in subjects]
 
 

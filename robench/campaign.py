@@ -173,7 +173,7 @@ class Campaign:
 
         try:
             came_to = settlement.settle(goal.claim, self.plan.dataset, self.plan.scale, find)
-        except LookupError as error:
+        except settlement.UnsettledError as error:
             return f"{goal}: not to be told: {error.args[0]}"
         return f"{goal}: {came_to.verdict}, {came_to.status}{'' if came_to.as_stood_by else ' (unexpected)'}"
 

@@ -8,19 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, contract, controls, data, parts, record, targets, zoo
+from robench import attacks, contract, controls, data, parts, record, scoring, targets, zoo
 from robench.attacks import Attack, Found
 from robench.cost import Cost, counted
 from robench.data import Dataset, as_float
 from robench.defense import Defense
 from robench.errors import OutOfTimeError, UserError
-from robench.estimate import Estimate
 from robench.exact import exact_arithmetic
 from robench.fingerprint import attacked_hash, state_hash
 from robench.folding import folded
@@ -31,9 +29,6 @@ from robench.record import Provenance, Record
 from robench.replay import recording
 from robench.targets import Target
 from robench.threat import ThreatModel
-
-SCORING_DRAWS = 10
-"""Fresh draws that score a random defense."""
 
 BATCH_SIZE = {"cpu": 100, "cuda": 500}
 """Examples attacked together unless it is said: on a GPU the smallest number that keeps it busy."""
@@ -153,7 +148,7 @@ def measure(
         chunks.append(chunk)
         spent = sum((Cost(c.forwards, c.backwards) for c in chunks), learning)
         passes, seconds = spent.forwards + spent.backwards, learning_seconds + sum(c.seconds for c in chunks)
-        robust = np.concatenate([_correct(c.robust, dataset.labels, i * size).mean(0) for i, c in enumerate(chunks)])
+        robust = np.concatenate([scoring.correct(c.robust, dataset.labels, i * size).mean(0) for i, c in enumerate(chunks)])
         share = f"{end}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}"
         progress(f"{target.name} under {attack.name} within {threat}: {share}")
         if end < len(dataset) and (passes >= (max_passes or math.inf) or seconds >= (max_seconds or math.inf)):
@@ -164,7 +159,7 @@ def measure(
     control = _controls(target, dataset, threat, attack, seed, device, cache, behaviour, made_by) if defense.random else None
     made += [*chunks, *([control] if control else [])]
     readings = control.readings if control else {}
-    return _record(target, dataset, threat, attack, seed, scale, precision, chunks, spent, seconds, readings, made, partial)
+    return scoring.recorded(target, dataset, threat, attack, seed, scale, precision, chunks, spent, seconds, readings, made, partial)
 
 
 def fitted(attack: Attack, target: Target, dataset: Dataset, threat: ThreatModel, *, seed: int, device: str = "cpu") -> Attack:
@@ -209,7 +204,7 @@ def _attack_chunk(
     x_adv = found.x_adv
     if (problem := threat.violation(x_adv, x)) is not None:
         raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
-    clean, robust = predictions(defense, x, examples, seed), predictions(defense, x_adv, examples, seed)
+    clean, robust = scoring.predictions(defense, x, examples, seed), scoring.predictions(defense, x_adv, examples, seed)
     stages, counted_robust = ({name: int(marks.sum()) for name, marks in by.items()} for by in (found.stages, found.counted))
     return Chunk(
         provenance=made_by, clean=clean.tolist(), robust=robust.tolist(), forwards=cost.forwards, backwards=cost.backwards,
@@ -229,41 +224,13 @@ def _adversarial(
     with folded(defense, x[:16], like), torch.autocast(x.device.type, torch.bfloat16), recording(cost):
         found = attack.run(defense, x, y, threat, examples=examples, seed=seed)
         x_adv = found.x_adv.float()
-        claimed = predictions(defense, x_adv, examples, seed)[0] != y
+        claimed = scoring.predictions(defense, x_adv, examples, seed)[0] != y
     if not defense.random:
-        again = claimed & (predictions(defense, x_adv, examples, seed)[0] == y)
+        again = claimed & (scoring.predictions(defense, x_adv, examples, seed)[0] == y)
         if bool(again.any()):
             with recording(cost):
                 x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
     return replace(found, x_adv=x_adv)
-
-
-@torch.no_grad()
-def predictions(defense: Defense, x: Tensor, examples: Tensor, seed: int, draws: int = SCORING_DRAWS) -> Tensor:
-    """Return predicted classes (draws, B), over fresh draws for a random defense, one row for a deterministic one.
-
-    The scoring draws are independent of every draw that an attack with this seed can have used.
-
-    Raises:
-        UserError: for logits that are not finite.
-    """
-    if not defense.random:
-        return _classes(defense(x))[None]
-    score_seed = int.from_bytes(hashlib.sha256(f"score/{seed}".encode()).digest()[:6], "little")
-    return torch.stack([_classes(defense(x, Draw(score_seed, examples, number))) for number in range(draws)])
-
-
-def _classes(logits: Tensor) -> Tensor:
-    """Return the predicted classes (B,): NaN would pass for a logit above all others."""
-    if not bool(torch.isfinite(logits).all()):
-        raise UserError("the defense returns logits that are not finite (NaN or infinity) on an image that it is scored on")
-    return logits.argmax(1)
-
-
-def _correct(predicted: list[list[int]], labels: Tensor, start: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    classes = np.asarray(predicted)
-    correct: np.ndarray[Any, np.dtype[np.bool_]] = classes == labels[start : start + classes.shape[1]].numpy()[None]
-    return correct
 
 
 def _controls(
@@ -288,84 +255,9 @@ def _controls(
             attack = fitted(replace(attack, learnt=None), target, dataset, within, seed=seed, device=device)
             results[controls.key(name, controls.CHANCE)] = float(few.labels.bincount().max()) / len(few)
         chunk = _attack_chunk(target, few, 0, len(few), within, attack, seed, device, "float32", made_by)
-        results[controls.key(name, controls.ROBUST)] = float(_correct(chunk.robust, few.labels, 0).mean())
-        results[controls.key(name, controls.CLEAN)] = float(_correct(chunk.clean, few.labels, 0).mean())
+        results[controls.key(name, controls.ROBUST)] = float(scoring.correct(chunk.robust, few.labels, 0).mean())
+        results[controls.key(name, controls.CLEAN)] = float(scoring.correct(chunk.clean, few.labels, 0).mean())
     made = Controls(provenance=made_by, readings=results)
     if path:
         parts.save(made, path)
     return made
-
-
-def _record(
-    target: Target,
-    dataset: Dataset,
-    threat: ThreatModel,
-    attack: Attack,
-    seed: int,
-    scale: zoo.Scale,
-    precision: str,
-    chunks: list[Chunk],
-    spent: Cost,
-    seconds: float,
-    control: dict[str, float],
-    made: list[Part],
-    partial: str | None,
-) -> Record:
-    labels = dataset.labels.numpy()
-    clean_classes = np.concatenate([np.asarray(c.clean) for c in chunks], axis=1)
-    robust_classes = np.concatenate([np.asarray(c.robust) for c in chunks], axis=1)
-    clean, robust = (classes == labels[None] for classes in (clean_classes, robust_classes))
-    if not target.defense.random:
-        # The clean image is in the threat model: what is misclassified there is not robust, wherever the attack ended.
-        robust &= clean
-    n, (provenance, *others) = len(dataset), parts.provenances(made)
-    clean_estimate, robust_estimate = (Estimate.of(correct.mean(0), dataset=dataset.fingerprint) for correct in (clean, robust))
-    return Record(
-        schema_version=1,
-        defense=defense_info(target),
-        dataset=record.DatasetInfo(
-            name=dataset.name, split=dataset.split, fingerprint=dataset.fingerprint, n=n, classes=len(dataset.classes)
-        ),
-        threat=str(threat),
-        attack=record.AttackInfo(name=attack.name, version=attack.version, parameters=dict(attack.parameters)),
-        scale=scale,
-        seed=seed,
-        clean_accuracy=record.Proportion.of(clean_estimate),
-        robust_accuracy=record.Proportion.of(robust_estimate),
-        cost=record.CostPerImage(forwards=spent.forwards / n, backwards=spent.backwards / n),
-        stages={name: sum(c.stages[name] for c in chunks) for name in chunks[0].stages},
-        outcomes=record.Outcomes(clean=clean.mean(0).tolist(), robust=robust.mean(0).tolist()),
-        random_score=_random_score(robust, robust_classes, labels, len(dataset.classes), chunks) if target.defense.random else None,
-        controls=control,
-        training=target.training,
-        precision=precision,
-        partial=partial,
-        provenance=provenance,
-        other_provenance=others,
-        timing=record.Timing(created=max(part.created for part in made), seconds=round(seconds, 3)),
-    )  # fmt: skip
-
-
-def defense_info(target: Target) -> record.DefenseInfo:
-    """Return what a record says of the defense."""
-    defense = target.defense
-    return record.DefenseInfo(
-        name=target.name, version=target.version, origin=target.origin, paper=target.paper, random=defense.random,
-        members=len(defense.members()), parameters=sum(p.numel() for p in defense.parameters()),
-        weights_sha256=state_hash(defense), training_seed=target.training_seed,
-    )  # fmt: skip
-
-
-def _random_score(correct: Any, classes: Any, labels: Any, count: int, chunks: list[Chunk]) -> record.RandomScore:
-    """Return the three readings of a random defense's outcomes (draws, n), and the attack's own where it has one."""
-    votes = np.stack([(classes == c).sum(0) for c in range(count)])
-
-    def share(values: Any) -> record.Proportion:
-        return record.Proportion.of(Estimate.of(np.asarray(values, dtype=float)))
-
-    own = {stage: sum(c.counted[stage] for c in chunks) for stage in chunks[0].counted}
-    standing = np.arange(len(labels)) < list(own.values())[-1] if own else None
-    return record.RandomScore(
-        draws=len(correct), mean=share(correct.mean(0)), majority=share(votes.argmax(0) == labels), worst=share(correct.all(0)),
-        own_count=None if standing is None else share(standing), own_stages=own,
-    )  # fmt: skip

@@ -97,6 +97,10 @@ def judge(estimate: Estimate, expect: Expectation, tolerance: float) -> Verdict:
     return "reproduced" if two_sided and expect.low <= estimate.value <= expect.high else "not reproduced"
 
 
+class UnsettledError(LookupError):
+    """Records that settle a claim are missing or do not belong together, in one line."""
+
+
 Find = Callable[[Accuracy, int], Sequence[Record]]
 """From an accuracy and a training seed to the records that measure it, the paper's attack first; none if there are none."""
 
@@ -115,13 +119,13 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
         seeds: independently trained copies of each defense, numbered from 0.
 
     Raises:
-        LookupError: if an accuracy has no record, or the records are of different images or trainings, naming it.
+        UnsettledError: if an accuracy has no record, or the records are of different images or trainings, naming it.
     """
     trial = claim.trial(dataset, scale)
     terms = [(c, accuracy, [list(find(accuracy, seed)) for seed in range(seeds)]) for c, accuracy in trial.quantity.terms]
     for _, accuracy, per_seed in terms:
         if not all(per_seed):
-            raise LookupError(f"no record of {Quantity(((1.0, accuracy),))} at scale {scale}")
+            raise UnsettledError(f"no record of {Quantity(((1.0, accuracy),))} at scale {scale}")
     for seed in range(seeds):
         _of_one_training([(accuracy, per_seed[seed]) for _, accuracy, per_seed in terms])
     _of_the_same_images([(accuracy, per_seed) for _, accuracy, per_seed in terms])
@@ -176,21 +180,21 @@ def _of_one_training(terms: Sequence[tuple[Accuracy, list[Record]]]) -> None:
         if accuracy.threat is not None:
             found = records[0].defense.weights_sha256
             if weights.setdefault(accuracy.defense, found) != found:
-                raise LookupError(f"the records of {accuracy.defense} are of different weights, at one budget and another")
+                raise UnsettledError(f"the records of {accuracy.defense} are of different weights, at one budget and another")
     for accuracy, records in terms:
         if accuracy.threat is None and (wanted := weights.get(accuracy.defense)):
             records.sort(key=lambda r: r.defense.weights_sha256 != wanted)
             if records[0].defense.weights_sha256 != wanted:
-                raise LookupError(f"no clean accuracy of {accuracy.defense} is of the weights whose robust accuracy is recorded")
+                raise UnsettledError(f"no clean accuracy of {accuracy.defense} is of the weights whose robust accuracy is recorded")
 
 
 def _of_the_same_images(terms: Sequence[tuple[Accuracy, list[list[Record]]]]) -> None:
     """Make sure that the records are of one data set, and the copies of a defense of equally many of its examples."""
     if len({records[0].dataset.fingerprint for _, per_seed in terms for records in per_seed}) > 1:
-        raise LookupError("the records are of different images under one data set's name")
+        raise UnsettledError("the records are of different images under one data set's name")
     for accuracy, per_seed in terms:
         if len(counts := {records[0].dataset.n for records in per_seed}) > 1:
-            raise LookupError(
+            raise UnsettledError(
                 f"the copies of {accuracy.defense} were measured on {' and '.join(map(str, sorted(counts)))} examples; "
                 "their mean needs the same"
             )
@@ -287,7 +291,7 @@ def settle_all(records: Sequence[Record], dataset: str | None = None) -> list[Se
 
                 try:
                     settled.append(settle(claim, trial.dataset, scale, find, copies(trial, find)))
-                except LookupError:
+                except UnsettledError:
                     continue
     return settled
 

@@ -168,18 +168,16 @@ def checkpoint_path(path: Path) -> Path:
 class _Run:
     """A stage while it trains: all that a checkpoint keeps."""
 
-    module: nn.Module
-    optimiser: torch.optim.Optimizer
     step: Stepper
     trained: dict[str, nn.Parameter]
     average: AveragedModel | None
     history: list[Epoch]
 
     def state(self) -> dict[str, Tensor]:
-        state = self.module.state_dict() | {
+        state = self.step.module.state_dict() | {
             f"optimiser/{name}/{key}": value
             for name, parameter in self.trained.items()
-            for key, value in self.optimiser.state[parameter].items()
+            for key, value in self.step.optimiser.state[parameter].items()
             if isinstance(value, Tensor)
         }
         averaged = self.average.state_dict() if self.average is not None else {}
@@ -191,11 +189,11 @@ class _Run:
             name, _, key = full.removeprefix("optimiser/").rpartition("/")
             # Adam keeps its step count on the CPU.
             value = saved.pop(full)
-            self.optimiser.state[self.trained[name]][key] = value if key == "step" else value.to(self.trained[name].device)
+            self.step.optimiser.state[self.trained[name]][key] = value if key == "step" else value.to(self.trained[name].device)
         averaged = {name.removeprefix("average/"): saved.pop(name) for name in list(saved) if name.startswith("average/")}
         if self.average is not None:
             self.average.load_state_dict(averaged)
-        self.module.load_state_dict(saved)
+        self.step.module.load_state_dict(saved)
         self.history = history
 
 
@@ -207,7 +205,7 @@ def _begin(module: nn.Module, stage: Stage, checkpoint: Path, anew: bool, device
         average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
     optimiser, half = _optimiser(recipe, trained), precision(recipe, device) == "bfloat16"
     step = Stepper(module, optimiser, recipe, half, stage.trainable, can_record(module, device))
-    run = _Run(module, optimiser, step, trained, average, [])
+    run = _Run(step, trained, average, [])
     if checkpoint.exists() and not anew:
         saved, history = _read(checkpoint)
         # A checkpoint from before there was a history says too little to go on from.
@@ -244,7 +242,7 @@ def _train_stage(
         module.load_state_dict(run.average.module.state_dict())
     module.eval().requires_grad_(True)
     # A recorded step's gradients would keep its memory.
-    run.optimiser.zero_grad(set_to_none=True)
+    run.step.optimiser.zero_grad(set_to_none=True)
     _write(path, module.state_dict(), run.history)
     checkpoint.unlink(missing_ok=True)
     return run.history
@@ -255,7 +253,7 @@ def _train_epoch(run: _Run, stage: Stage, images: Tensor, labels: Tensor, epoch:
     recipe, losses = stage.recipe, []
     steps = -(-len(images) // recipe.batch_size)
     for step, (indices, x, y) in enumerate(batches(images, labels, recipe, stage.seed, epoch, layout)):
-        for group in run.optimiser.param_groups:
+        for group in run.step.optimiser.param_groups:
             group["lr"] = learning_rate(recipe, epoch * steps + step, recipe.epochs * steps)
         draw = noise.Draw(stage.seed, indices, epoch)
         with noise.isolated_generator(stage.seed * 1_000_003 + epoch * steps + step, device):
@@ -265,7 +263,7 @@ def _train_epoch(run: _Run, stage: Stage, images: Tensor, labels: Tensor, epoch:
                 # Aggregators refuse logits that are not finite, before there is a loss.
                 raise UserError(f"training failed in epoch {epoch + 1}: {error}; if it diverged, lower the learning rate") from error
         if run.average is not None:
-            run.average.update_parameters(run.module)
+            run.average.update_parameters(run.step.module)
     loss = float(torch.stack(losses).mean())
     if not math.isfinite(loss):
         raise UserError(f"training diverged in epoch {epoch + 1}: the loss is {loss}; lower the recipe's learning rate")
@@ -280,7 +278,7 @@ def _own_and_strong(run: _Run, stage: Stage, images: Tensor, labels: Tensor, epo
     few = slice(overfitting.EXAMPLES)
     x = as_float(images[few])
     draw = noise.Draw(stage.seed, torch.arange(len(x), device=x.device), epoch)
-    return overfitting.accuracies(run.module, x, labels[few], attack, draw)
+    return overfitting.accuracies(run.step.module, x, labels[few], attack, draw)
 
 
 def _line(history: Sequence[Epoch], recipe: Recipe, speed: float, operations: float | None, device: str) -> str:

@@ -195,6 +195,16 @@ def test_replayed_attacks_are_the_usual_ones(name: str, attack: str, precision: 
     assert replayed.robust_accuracy.value == pytest.approx(usual.robust_accuracy.value, abs=0.05)
 
 
+@needs_gpu
+def test_what_waits_for_the_device_is_attacked_unrecorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    test, target = data.load("digits", "test").first(32), targets.of_module(Waiting(), "waiting")
+    found = []
+    for device in ("cuda", "none"):
+        monkeypatch.setattr(replay, "DEVICE", device)
+        found.append(evaluation.measure(target, test, ThreatModel.parse("Linf:32/255"), attacks.parse("pgd-30"), device="cuda"))
+    assert found[0].outcomes == found[1].outcomes
+
+
 def test_exact_arithmetic_leaves_the_settings_as_they_were() -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
 

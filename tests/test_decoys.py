@@ -12,8 +12,9 @@ from benchmarks.decoys import Case
 from robench import attacks, data
 from robench.data import Dataset, as_float
 from robench.defense import Defense
-from robench.evaluation import measure, predictions
+from robench.evaluation import measure
 from robench.noise import Draw
+from robench.scoring import predictions
 from robench.targets import Target
 from robench.threat import ThreatModel
 

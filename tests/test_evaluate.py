@@ -18,9 +18,10 @@ from robench.attacks import Attack
 from robench.data import Dataset, as_float
 from robench.defense import Defense, Ensemble, Plain
 from robench.errors import UserError
-from robench.evaluation import SCORING_DRAWS, evaluate, measure, predictions
+from robench.evaluation import evaluate, measure
 from robench.noise import Draw
 from robench.record import Provenance, Record
+from robench.scoring import SCORING_DRAWS, predictions
 from robench.surrogate import Substitute
 from robench.threat import ThreatModel
 

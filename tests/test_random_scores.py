@@ -15,9 +15,10 @@ from robench.attacks import Attack, Found
 from robench.data import as_float
 from robench.defense import Defense, FreshDraws
 from robench.errors import UserError
-from robench.evaluation import measure, predictions
+from robench.evaluation import measure
 from robench.noise import Draw, normal
 from robench.record import Record
+from robench.scoring import predictions
 from robench.targets import of_module
 from robench.threat import ThreatModel
 

@@ -19,10 +19,10 @@ from robench.doctor.examination import Examination
 from robench.doctor.finding import Finding
 from robench.errors import UserError
 from robench.estimate import Estimate
-from robench.evaluation import defense_info
 from robench.exact import exact_arithmetic
 from robench.noise import isolated_generator
 from robench.record import DefenseInfo, Provenance, Scale
+from robench.scoring import defense_info
 from robench.targets import Target
 from robench.threat import ThreatModel
 

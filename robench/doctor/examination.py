@@ -16,9 +16,9 @@ from robench.data import Dataset, as_float
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.estimate import Estimate
-from robench.evaluation import predictions
 from robench.losses import Loss, loss_named
 from robench.noise import Draw
+from robench.scoring import predictions
 from robench.threat import ThreatModel
 
 Progress = Callable[[str], None]
