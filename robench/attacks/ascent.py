@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from robench.attacks import packing
 from robench.attacks.objective import Guide, Objective, draw_numbers, evaluate_point
 from robench.attacks.steps import steepest
 from robench.defense import Defense
@@ -74,6 +75,7 @@ class _Search:
     halved: Tensor
     sparsity: Tensor
     changed: Tensor
+    done: Tensor
 
     def rows(self, chosen: Tensor) -> "_Search":
         """Return the search of the examples that bool (B,) `chosen` marks."""
@@ -185,6 +187,7 @@ def ascend(
         halved=zero.bool(),
         sparsity=zero + 0.2,
         changed=zero + x[0].numel(),
+        done=zero.bool(),
     )
     reconsidered = checkpoints(threat.norm, plan.steps)
     for step in range(plan.steps + 1):
@@ -202,14 +205,16 @@ def ascend(
             guide=plan.guide,
         )
         search.see(point.loss, point.gradient)
-        if stops and bool(point.fooled.any()):
-            result[search.index[point.fooled]] = search.x_adv[point.fooled]
-            search = search.rows(~point.fooled)
-            if not len(search.index):
-                return result
+        if stops:
+            packing.keep(result, search.index, search.x_adv, point.fooled & ~search.done)
+            search.done = search.done | point.fooled
+            if (standing := packing.leaving(search.done, step)) is not None:
+                search = search.rows(standing)
+                if not len(search.index):
+                    return result
         if step in reconsidered and threat.norm == "L1":
             search.adapt_sparsity(threat.epsilon)
         elif step in reconsidered:
             search.halve(reconsidered[step], plan.rho)
-    result[search.index] = search.x_max
+    packing.keep(result, search.index, search.x_max, ~search.done)
     return result

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from robench import noise
+from robench.attacks import packing
 from robench.attacks.objective import Point, draw_numbers, evaluate_point
 from robench.attacks.registry import register
 from robench.attacks.runs import best_of_runs
@@ -96,6 +97,7 @@ class _Search:
     x_best: Tensor
     loss: Tensor
     random: Tensor
+    done: Tensor
 
     def rows(self, chosen: Tensor) -> "_Search":
         """Return the search of the examples that bool (B,) `chosen` marks."""
@@ -119,7 +121,7 @@ def _run(
     low, high = (x - threat.epsilon).clamp(0, 1), (x + threat.epsilon).clamp(0, 1)
     start = _start(x, low, high, threat, Draw(seed, examples), stream)
     nothing, index = x.new_zeros(len(x)), torch.arange(len(x), device=x.device)
-    search = _Search(index, x, low, high, examples, start, nothing - torch.inf, nothing)
+    search = _Search(index, x, low, high, examples, start, nothing - torch.inf, nothing, nothing.bool())
     result, x_new, patterns = start.clone(), start, dict[int, Tensor]()
     for query in range(queries + 1):
         if query:
@@ -139,12 +141,14 @@ def _run(
         higher = point.loss > search.loss
         search.loss = torch.where(higher, point.loss, search.loss)
         search.x_best = torch.where(higher[:, None, None, None], x_new, search.x_best)
-        if not random and bool(point.fooled.any()):
-            result[search.index[point.fooled]] = x_new[point.fooled]
-            search = search.rows(~point.fooled)
-            if not len(search.index):
-                return result
-    result[search.index] = search.x_best
+        if not random:
+            packing.keep(result, search.index, x_new, point.fooled & ~search.done)
+            search.done = search.done | point.fooled
+            if (standing := packing.leaving(search.done, query)) is not None:
+                search = search.rows(standing)
+                if not len(search.index):
+                    return result
+    packing.keep(result, search.index, search.x_best, ~search.done)
     return result
 
 
