@@ -90,6 +90,17 @@ def test_words_are_the_same_wherever_they_are_made() -> None:
     assert torch.equal(arrays, noise._words_of_tensors(examples, 2**32 - 1, places))
 
 
+def test_a_number_that_is_kept_on_the_device_is_the_number_it_is_at_each_use() -> None:
+    examples, places, reads = torch.tensor([0, 7, 2**33 + 5]), noise._on_device(3, (("a", 9),), torch.device("cpu")), list[torch.Tensor]()
+    kept = noise.OnDevice(torch.tensor(4), reads, 4)
+    assert kept == 4
+    for number in (4, 2**32 + 1):
+        kept.place.fill_(number)
+        assert torch.equal(noise._words_of_tensors(examples, kept, places), noise._words_of_tensors(examples, number, places))
+    assert all(read is places for read in reads), "what a recording reads lives as long as it does"
+    assert len(reads) == 2
+
+
 @every_kind
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), seed=INT64, number=st.integers(0, 2**32 - 1))
