@@ -68,7 +68,7 @@ class Stepper:
         self.optimiser.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph):
+            with replay.capture(), torch.cuda.graph(graph):
                 loss = self._gradients(own[0], own[1], own[2], own_draw)
         except RuntimeError:
             # Something in the module waits for the device.

@@ -63,6 +63,18 @@ def recording(cost: Cost) -> Iterator[None]:
         _current.reset(token)
 
 
+@contextlib.contextmanager
+def capture() -> Iterator[None]:
+    """Leave torch's generators on the GPU as they were where a capture fails inside the block: they would go on as if in one."""
+    kept = [(generator, generator.clone_state()) for generator in torch.cuda.default_generators]
+    try:
+        yield
+    except RuntimeError:
+        for generator, state in kept:
+            generator.graphsafe_set_state(state)
+        raise
+
+
 def repeatable(defense: Defense) -> bool:
     """Return whether a recording of a defense draws what the usual call does: not what takes its numbers from torch's generators."""
     return not any(isinstance(module, Plain) and module.random for module in defense.modules())
@@ -195,7 +207,7 @@ def record(part: Part, defense: Defense, x: Tensor, draw: Draw | None, cost: Cos
     cost.forwards, cost.backwards = before.forwards, before.backwards
     own = (x.detach().clone().requires_grad_(wanted), *(tensor.clone() for tensor in _given(draw, x.device)))
     try:
-        with _uncounted(cost), torch.autocast(DEVICE, dtype, enabled=enabled, cache_enabled=False):
+        with capture(), _uncounted(cost), torch.autocast(DEVICE, dtype, enabled=enabled, cache_enabled=False):
             # Typed as if a module might come back for a function.
             replayed: Any = torch.cuda.make_graphed_callables(call, own, allow_unused_input=True)
     except RuntimeError:

@@ -104,6 +104,7 @@ def test_recorded_steps_of_a_random_defense_draw_what_the_usual_ones_do(
 @needs_gpu
 def test_what_waits_for_the_device_trains_unrecorded(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = trained(PLAIN, digits, tmp_path / "a", Waiting())
+    assert bool((torch.rand(3, device="cuda") < 1).all()), "the generator works on"
     monkeypatch.setattr("robench.training.can_record", lambda _module, _device: False)
     assert trained(PLAIN, digits, tmp_path / "b", Waiting()) == tried
 
@@ -202,6 +203,7 @@ def test_what_waits_for_the_device_is_attacked_unrecorded(monkeypatch: pytest.Mo
     for device in ("cuda", "none"):
         monkeypatch.setattr(replay, "DEVICE", device)
         found.append(evaluation.measure(target, test, ThreatModel.parse("Linf:32/255"), attacks.parse("pgd-30"), device="cuda"))
+        assert bool((torch.rand(3, device="cuda") < 1).all()), "the generator works on"
     assert found[0].outcomes == found[1].outcomes
 
 
