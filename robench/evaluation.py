@@ -127,7 +127,7 @@ def measure(
         attack = fitted(attack, target, dataset, threat, seed=seed, device=device)
     key = _key(target, dataset, threat, attack, seed, size, precision, behaviour)
     # The key reads what was learnt, so that a GPU is done with it.
-    learning_seconds = time.monotonic() - started
+    learning_seconds = 0.0 if attack is given else time.monotonic() - started
     if attack.learnt is not None:
         learnt(attack.learnt)
     folder = cache / "evaluations" / key if cache else None
