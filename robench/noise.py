@@ -52,7 +52,7 @@ class OnDevice(int):
     place: Tensor
     reads: list[Tensor]
 
-    def __new__(cls, place: Tensor, reads: list[Tensor], number: int = 0) -> "OnDevice":
+    def __new__(cls, place: Tensor, reads: list[Tensor], number: int) -> "OnDevice":
         """Return a number that is `number` to the host."""
         made = super().__new__(cls, number)
         made.place, made.reads = place, reads

@@ -146,16 +146,14 @@ class _Recorded:
     Attributes:
         usual: what was recorded, from images and draw.
         replayed: from images, and examples and draw number where there is a draw.
-        forward: passes of a call.
-        backward: passes of its backward.
+        passes: of a call and its backward.
         reads: what the recording reads of the random numbers' places.
         last: what it was called with last.
     """
 
     usual: Callable[[Tensor, Draw | None], Tensor]
     replayed: Callable[..., Tensor]
-    forward: Cost
-    backward: Cost
+    passes: Cost
     reads: list[Tensor]
     last: tuple[Tensor, Draw | None]
 
@@ -163,10 +161,10 @@ class _Recorded:
         self.last = (x, draw)
         # The next replay writes to the same memory.
         found = self.replayed(x, *_given(draw, x.device)).clone()
-        cost.forwards += self.forward.forwards
+        cost.forwards += self.passes.forwards
 
         def count(_gradient: Tensor) -> None:
-            cost.backwards += self.backward.backwards
+            cost.backwards += self.passes.backwards
 
         if found.requires_grad:
             found.register_hook(count)
@@ -195,16 +193,14 @@ def record(part: Part, defense: Defense, x: Tensor, draw: Draw | None, cost: Cos
     def call(images: Tensor, *given: Tensor) -> Tensor:
         return usual(images, Draw(seed, given[0], OnDevice(given[1], reads, number)) if given else None)
 
-    before = Cost(cost.forwards, cost.backwards)
-    found = usual(x, draw)
-    forward = Cost(forwards=cost.forwards - before.forwards)
     wanted = x.requires_grad and torch.is_grad_enabled()
-    if wanted:
-        if not found.requires_grad:
+    with _uncounted(cost) as before:
+        found = usual(x, draw)
+        if wanted and not found.requires_grad:
             return None
-        torch.autograd.grad(found, x, _direction(found), allow_unused=True)
-    backward = Cost(backwards=cost.backwards - before.backwards)
-    cost.forwards, cost.backwards = before.forwards, before.backwards
+        if wanted:
+            torch.autograd.grad(found, x, _direction(found), allow_unused=True)
+        passes = Cost(cost.forwards - before.forwards, cost.backwards - before.backwards)
     own = (x.detach().clone().requires_grad_(wanted), *(tensor.clone() for tensor in _given(draw, x.device)))
     try:
         with capture(), _uncounted(cost), torch.autocast(DEVICE, dtype, enabled=enabled, cache_enabled=False):
@@ -212,7 +208,7 @@ def record(part: Part, defense: Defense, x: Tensor, draw: Draw | None, cost: Cos
             replayed: Any = torch.cuda.make_graphed_callables(call, own, allow_unused_input=True)
     except RuntimeError:
         return None
-    recorded = _Recorded(usual, replayed, forward, backward, reads, (x, draw))
+    recorded = _Recorded(usual, replayed, passes, reads, (x, draw))
     return recorded if recorded.holds(cost) else None
 
 
@@ -242,9 +238,10 @@ def _direction(found: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _uncounted(cost: Cost) -> Iterator[None]:
+def _uncounted(cost: Cost) -> Iterator[Cost]:
+    """Give the count so far, and put it back after the block."""
     before = Cost(cost.forwards, cost.backwards)
     try:
-        yield
+        yield before
     finally:
         cost.forwards, cost.backwards = before.forwards, before.backwards

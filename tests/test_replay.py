@@ -18,7 +18,8 @@ from robench.defense import Defense, Ensemble, Plain
 from robench.losses import cross_entropy
 from robench.noise import Draw
 
-X, Y = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 3])
+Y = torch.tensor([0, 1, 2, 3])
+X = noise.uniform(Draw(0, Y), "images", (3, 2, 2))
 CALLS = replay.WORTHWHILE + 5
 
 
@@ -139,8 +140,9 @@ def test_a_defense_that_has_no_gradient_is_not_recorded(recorder: list[Any]) -> 
         def aggregate(self, logits: Tensor) -> Tensor:
             return logits.mean(1).detach()
 
-    attack(Vote([Linear(0)], mean_of_logits))
+    cost, _ = attack(Vote([Linear(0)], mean_of_logits))
     assert not recorder
+    assert (cost.forwards, cost.backwards) == (4 * CALLS, 0), "what was tried does not count"
 
 
 def test_a_recording_that_turns_false_voids_the_attack(recorder: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
