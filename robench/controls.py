@@ -15,8 +15,8 @@ EXAMPLES = 32
 """The first examples of each control, or all where there are fewer."""
 TINY, UNBOUNDED = "tiny budget", "unbounded"
 FOLLOW_GRADIENTS = (
-    "apgd-ce", "apgd-dlr", "apgd-t", "autoattack-rand", "fab-t", "fgsm", "ifgsm", "mean-transfer", "pgd", "pgd-adam", "predictor-transfer",
-    "universal",
+    "apgd-ce", "apgd-dlr", "apgd-t", "autoattack-rand", "fab-t", "fgsm", "ifgsm", "mean-transfer", "momentum", "pgd", "pgd-adam",
+    "predictor-transfer", "universal",
 )  # fmt: skip
 """Attacks that have nothing but the gradient to go by."""
 ROBUST, CLEAN, CHANCE = "robust accuracy", "clean accuracy", "share of the commonest class"

@@ -30,7 +30,7 @@ FITTED = {name for name, attack in attacks.registered().items() if attack.apply}
 """These learn from training images first; `test_universal.py`."""
 OWN = sorted(set(attacks.registered()) - ADAPTED - FITTED)
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pyautoattack", "pyautoattack-rand")]
-RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "pgd", "pgd-adam", "predictor-transfer", "square"]
+RANDOM_STARTS = ["apgd-ce", "apgd-dlr", "apgd-t", "mean-transfer", "momentum", "pgd", "pgd-adam", "predictor-transfer", "square"]
 
 every_attack = pytest.mark.parametrize("name", [*OWN, *SLOW])
 own_attacks = pytest.mark.parametrize("name", OWN)
@@ -287,6 +287,17 @@ def test_mean_transfer_goes_through_every_aggregation_of_a_nested_ensemble() -> 
     torch.testing.assert_close(shown[:, 4], votes[1].networks[1](x))
     moved = attacks.parse("mean-transfer-20")(nested, x, y, threat, examples=torch.arange(12), seed=0)
     assert (predicted(nested, moved) != y).float().mean() > 0.9
+
+
+def test_momentum_on_the_mean_surrogate_is_momentum_on_that() -> None:
+    votes = Ensemble([Network(48, number) for number in range(3)], crossmax).eval()
+    x, threat = images(6, 3, 4, 4), ThreatModel.parse("L2:1")
+    y, settings = predicted(votes, x), {"examples": torch.arange(6), "seed": 0}
+    moved = attacks.parse("momentum-8,surrogate=mean")(votes, x, y, threat, **settings)
+    assert torch.equal(moved, attacks.parse("momentum-8")(attacks.mean_surrogate(votes), x, y, threat, **settings))
+    assert not torch.equal(moved, attacks.parse("momentum-8")(votes, x, y, threat, **settings))
+    with pytest.raises(UserError, match="surrogate 'median' is not one of none, mean"):
+        attacks.parse("momentum-8,surrogate=median")(votes, x, y, threat, **settings)
 
 
 def test_predictor_transfer_is_pgd_on_that_predictor() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robench import attacks, losses
 from robench.aggregate import mean_of_logits
-from robench.defense import Ensemble
+from robench.defense import Defense, Ensemble
 from robench.noise import Draw, normal, uniform
 from robench.threat import ThreatModel
 
@@ -108,6 +108,48 @@ def test_pgd_reaches_the_optimum(name: str, text: str) -> None:
     share = share_of_optimum(f"{name},step_size={0.2 * ThreatModel.parse(text).epsilon}", text)
     assert share.max() < 1 + 1e-4
     assert share.min() > (0.95 if text == "L1:3" else 0.99)
+
+
+@pytest.mark.parametrize("text", THREATS[:5])
+def test_momentum_reaches_the_optimum(text: str) -> None:
+    """Its steps shrink to nothing, so that it settles in the corners of the box; less in L1, as above."""
+    share = share_of_optimum("momentum-100", text)
+    assert share.max() < 1 + 1e-4
+    assert share.min() > (0.95 if text == "L1:3" else 0.99)
+
+
+class Shaken(Defense):
+    """`Linear`, whose direction is another at each draw: mostly noise, around the same mean."""
+
+    random = True
+
+    def __init__(self, direction: Tensor, offset: float) -> None:
+        super().__init__()
+        self.direction, self.offset = direction, offset
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        draw = draw or Draw(0, torch.arange(len(x)))
+        shaken = self.direction + 4 * self.direction.abs().mean() * normal(draw, "shaken", (SIZE,))
+        margin = ((x - 0.5).flatten(1) * shaken).sum(1) - self.offset
+        return torch.stack([-margin / 2, margin / 2], dim=1)[:, None]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    def members(self) -> list[nn.Module]:
+        return []
+
+
+@pytest.mark.parametrize("text", ["Linf:0.1", "L2:1", "L1:3"])
+def test_momentum_sees_through_the_noise_of_single_draws(text: str) -> None:
+    """On the expected margin it comes nearer to the most that can be gained than APGD and PGD by the same passes."""
+    threat, (direction, x) = ThreatModel.parse(text), direction_and_images()
+    defense, y = Shaken(direction, 0.0).eval(), torch.zeros(len(x), dtype=torch.int64)
+    shares = []
+    for name in ("momentum-200", "apgd-ce,steps=200", "apgd-ce,steps=25,draws=8", "pgd-200"):
+        x_adv = attacks.parse(name)(defense, x, y, threat, examples=torch.arange(len(x)), seed=0)
+        shares.append(float((((x_adv - x).flatten(1).double() @ direction.double()) / optimal_gain(direction, x, threat)).mean()))
+    assert shares[0] > max(shares[1:])
 
 
 @pytest.mark.parametrize("text", ["Linf:0.1", "Linf:0.6"])

@@ -5,6 +5,7 @@ from robench.attacks import apgd as _apgd  # noqa: F401
 from robench.attacks import autoattack as _autoattack  # noqa: F401
 from robench.attacks import fab as _fab  # noqa: F401
 from robench.attacks import fast as _fast  # noqa: F401
+from robench.attacks import momentum as _momentum  # noqa: F401
 from robench.attacks import pgd as _pgd  # noqa: F401
 from robench.attacks import pyautoattack as _pyautoattack  # noqa: F401
 from robench.attacks import square as _square  # noqa: F401

@@ -1,0 +1,78 @@
+"""Momentum ascent for random defenses: a fresh draw at each step, and steps that shrink to nothing.
+
+The gradient of one draw is a sample of what EOT (arXiv 1707.07397) averages. APGD keeps the iterate of highest loss and halves its step
+where the loss stops rising; both follow the luck of the draws unless each step averages many. Momentum averages over the steps at no
+cost, and the last iterate of shrinking steps needs no choosing.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from robench.attacks.pgd import Update, best_of, path
+from robench.attacks.registry import register
+from robench.attacks.steps import steepest
+from robench.attacks.transfer import mean_surrogate
+from robench.defense import Defense
+from robench.errors import UserError
+from robench.threat import ThreatModel
+
+DECAY = 0.9
+"""Of the momentum at each step."""
+FIRST_STEP = 0.5
+"""The first step's size in budgets; the last one's is zero."""
+SURROGATES = ("none", "mean")
+
+
+@register("momentum", version=1, paper="arXiv 1710.06081", number="steps")
+def momentum(
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    examples: Tensor,
+    seed: int,
+    steps: int,
+    loss: str = "ce",
+    draws: int = 1,
+    surrogate: str = "none",
+) -> Tensor:
+    """Steepest ascent along the momentum of normalised gradients (MI-FGSM) from a random start, the step size a falling half cosine.
+
+    A random defense is attacked on every example to the last step, and the last iterate is kept; of a deterministic one the best.
+
+    Args beyond every attack's: `steps`, `loss` (ce, margin, dlr), `draws`, the fresh noise draws averaged at each step for a random
+    defense, and `surrogate`: ``mean`` ascends the defense with every aggregation in it replaced by the mean of logits.
+
+    Raises:
+        UserError: for another surrogate.
+    """
+    if surrogate not in SURROGATES:
+        raise UserError(f"surrogate {surrogate!r} is not one of {', '.join(SURROGATES)}")
+    attacked = mean_surrogate(defense) if surrogate == "mean" else defense
+    start = threat.random_start(x, examples, seed, "start/0")
+    iterates = path(attacked, x, y, threat, examples, seed, steps, loss, draws, momentum_update(threat, steps), start, 0)
+    if not defense.random:
+        return best_of(iterates, random=False)
+    x_adv = start
+    for x_adv, _ in iterates:  # noqa: B007  (the last one is what is wanted)
+        pass
+    return x_adv
+
+
+def momentum_update(threat: ThreatModel, steps: int) -> Update:
+    """Return the update of an ascent of so many steps (Dong et al., arXiv 1710.06081, equation 6, with a step size that falls)."""
+    average, taken = torch.zeros(()), 0
+
+    def update(x_adv: Tensor, gradient: Tensor) -> Tensor:
+        nonlocal average, taken
+        # Of one size, so that a draw of large gradient does not decide.
+        size = gradient.flatten(1).abs().mean(1).clamp(min=1e-30).reshape(-1, *[1] * (gradient.ndim - 1))
+        average = DECAY * average.to(gradient.device) + gradient / size
+        length = FIRST_STEP * threat.epsilon * (1 + math.cos(math.pi * taken / steps)) / 2
+        taken += 1
+        return x_adv + length * steepest(average, threat.norm, x_adv)
+
+    return update
