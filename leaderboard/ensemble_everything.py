@@ -157,7 +157,8 @@ def family(r: Record) -> str:
 
 def attack_text(r: Record) -> str:
     """Return an attack's name with its draws, and its steps where its name lacks them."""
-    extra = [f"{key}={value}" for key, value in r.attack.parameters.items() if key in ("steps", "draws", "finetune", "heads") and value]
+    told = ("steps", "draws", "finetune", "heads", "surrogate")
+    extra = [f"{key}={value}" for key, value in r.attack.parameters.items() if key in told and value and value != "none"]
     return ",".join([r.attack.name, *(e for e in extra if not (e.startswith("steps") and r.attack.name[-1].isdigit()))])
 
 
