@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from robench import zoo
+from robench import attacks, zoo
 from robench.record import Record
 
 ATTACKS = ("fast", "adaptive")
@@ -76,11 +76,18 @@ def _cells(records: Sequence[Record], diagnosis: Diagnosis | None) -> list[str]:
 
 
 def _most(records: Iterable[Record]) -> Record | None:
-    return max(records, key=lambda r: r.dataset.n, default=None)
+    """Return the record of the most examples, of an attack as it is by default rather than another."""
+    return max(records, key=lambda r: (r.dataset.n, not _changed(r)), default=None)
+
+
+def _changed(r: Record) -> list[str]:
+    """Return an attack's parameters that are not its defaults."""
+    usual = attacks.registered()[r.attack.name].defaults()
+    return [f"{key}={value}" for key, value in r.attack.parameters.items() if value != usual[key]]
 
 
 def _bound(r: Record | None) -> str:
-    return "" if r is None else f"{100 * r.robust_accuracy.value:.1f} (n={r.dataset.n})"
+    return "" if r is None else f"{100 * r.robust_accuracy.value:.1f} ({', '.join([f'n={r.dataset.n}', *_changed(r)])})"
 
 
 def _share(share: dict[str, Any]) -> str:
