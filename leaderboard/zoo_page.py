@@ -83,7 +83,7 @@ def _most(records: Iterable[Record]) -> Record | None:
 def _changed(r: Record) -> list[str]:
     """Return an attack's parameters that are not its defaults."""
     usual = attacks.registered()[r.attack.name].defaults()
-    return [f"{key}={value}" for key, value in r.attack.parameters.items() if value != usual[key]]
+    return [f"{key}={value}" for key, value in r.attack.parameters.items() if value != usual.get(key)]
 
 
 def _bound(r: Record | None) -> str:

@@ -6,8 +6,8 @@ cost, and the last iterate of shrinking steps needs no choosing.
 """
 
 import math
+from collections import deque
 
-import torch
 from torch import Tensor
 
 from robench.attacks.pgd import Update, best_of, path
@@ -56,21 +56,19 @@ def momentum(
     iterates = path(attacked, x, y, threat, examples, seed, steps, loss, draws, momentum_update(threat, steps), start, 0)
     if not defense.random:
         return best_of(iterates, random=False)
-    x_adv = start
-    for x_adv, _ in iterates:  # noqa: B007  (the last one is what is wanted)
-        pass
-    return x_adv
+    return deque(iterates, maxlen=1).pop()[0]
 
 
 def momentum_update(threat: ThreatModel, steps: int) -> Update:
     """Return the update of an ascent of so many steps (Dong et al., arXiv 1710.06081, equation 6, with a step size that falls)."""
-    average, taken = torch.zeros(()), 0
+    average: Tensor | float = 0.0
+    taken = 0
 
     def update(x_adv: Tensor, gradient: Tensor) -> Tensor:
         nonlocal average, taken
         # Of one size, so that a draw of large gradient does not decide.
         size = gradient.flatten(1).abs().mean(1).clamp(min=1e-30).reshape(-1, *[1] * (gradient.ndim - 1))
-        average = DECAY * average.to(gradient.device) + gradient / size
+        average = DECAY * average + gradient / size
         length = FIRST_STEP * threat.epsilon * (1 + math.cos(math.pi * taken / steps)) / 2
         taken += 1
         return x_adv + length * steepest(average, threat.norm, x_adv)
