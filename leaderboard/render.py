@@ -13,7 +13,7 @@ import zoo_page
 from tabulate import tabulate
 
 from robench import leaderboard, record, verdicts
-from robench.attacks import registered
+from robench.attacks import current_version
 from robench.settlement import settle_all
 from robench.zoo import entries
 
@@ -26,7 +26,7 @@ def cifar10_blocks() -> dict[str, str]:
     rows = leaderboard.rows(
         records,
         dataset="cifar10",
-        attack_versions={name: attack.version for name, attack in registered().items()},
+        attack_version=current_version,
         defense_versions={name: entry.version for name, entry in entries().items()},
     )
     strongest = [(row, row.strongest) for row in rows]

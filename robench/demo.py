@@ -53,10 +53,9 @@ def run(*, out: Path, cache: Path | None = None, echo: Callable[[str], None]) ->
     # The figure's attacks count in the worst case too, so they come before the verdicts.
     draw_figure(bench, figure)
     settled = [settlement.settle(c, DATASET, "smoke", bench.find) for c in claims]
-    attack_versions = {name: attack.version for name, attack in attacks.registered().items()}
     rows = leaderboard.rows(
         [r for r in bench.records if r.dataset.n == len(bench.dataset)],
-        attack_versions=attack_versions,
+        attack_version=attacks.current_version,
         defense_versions={name: entry.version for name, entry in entries().items()},
     )
     console = Console(width=200)

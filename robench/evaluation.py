@@ -182,7 +182,8 @@ def _key(
     """Return the hash of all that determines a chunk's outcome; what the model does with some images stands for its code."""
     identity = [
         target.name, target.version, state_hash(target.defense), behaviour,
-        dataset.fingerprint, str(threat), attack.name, attack.version, dict(attack.parameters), seed, size, precision,
+        dataset.fingerprint, str(threat), attack.name, attack.version_on(target.defense.random), dict(attack.parameters), seed, size,
+        precision,
         "" if attack.learnt is None else hashlib.sha256(attack.learnt.cpu().numpy().tobytes()).hexdigest(),
         # What earlier versions kept of a random defense lacks the attack's own count.
         *(["counted"] if target.defense.random else []),

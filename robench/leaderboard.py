@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, get_args
@@ -24,6 +24,10 @@ NOTE = (
 )
 EMPTY = "No records to show: nothing that matches has been measured yet."
 SCALES: tuple[str, ...] = get_args(Scale)
+
+
+AttackVersion = Callable[[str, bool], int | None]
+"""From an attack's name, as records have it, and whether the defense is random to the current version."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def rows(
     dataset: str | None = None,
     threat: str | None = None,
     verdicts: Mapping[str, Sequence[str]] | None = None,
-    attack_versions: Mapping[str, int] | None = None,
+    attack_version: AttackVersion | None = None,
     defense_versions: Mapping[str, int] | None = None,
 ) -> list[Row]:
     """Return one row for each trained defense, data set, threat model and scale, the most robust first within these.
@@ -99,8 +103,8 @@ def rows(
         dataset: keep only this data set.
         threat: keep only this threat model (``Linf:8/255``).
         verdicts: texts by the defense's full name.
-        attack_versions: the current version by registered attack name (``pgd`` for ``pgd-20``). Another recorded
-            version makes a row stale; a name that is not registered does not.
+        attack_version: gives the current version of a record's attack, from its name and whether the defense is random, or None
+            for one that is not registered. Another recorded version makes a row stale.
         defense_versions: likewise, by the defense's name without parameters.
 
     Raises:
@@ -120,7 +124,7 @@ def rows(
                 robust=robust,
                 clean=clean_estimate(max(members, key=lambda record: record.dataset.n)),
                 verdicts=tuple((verdicts or {}).get(strongest.defense.name, ())),
-                stale=_stale(members, attack_versions or {}, defense_versions or {}),
+                stale=_stale(members, attack_version or (lambda _name, _random: None), defense_versions or {}),
             )
         )
     return sorted(made, key=_order)
@@ -172,19 +176,16 @@ def _order(row: Row) -> tuple[Any, ...]:
     return (*where, -row.robust.value, _subject(record))
 
 
-def _stale(records: Sequence[Record], attack_versions: Mapping[str, int], defense_versions: Mapping[str, int]) -> tuple[str, ...]:
+def _stale(records: Sequence[Record], attack_version: AttackVersion, defense_versions: Mapping[str, int]) -> tuple[str, ...]:
     reasons = []
     defense = records[0].defense
     current = defense_versions.get(defense.name.partition(",")[0], defense.version)
     if current != defense.version:
         reasons.append(f"the defense was version {defense.version}, now {current}")
     for attack in (record.attack for record in records):
-        head = attack.name.partition(",")[0]
-        name, _, number = head.rpartition("-")
-        registered = name if head not in attack_versions and number.isdigit() else head
-        current = attack_versions.get(registered, attack.version)
-        if current != attack.version:
-            reasons.append(f"{attack.name} was version {attack.version}, now {current}")
+        now = attack_version(attack.name, defense.random)
+        if now not in (None, attack.version):
+            reasons.append(f"{attack.name} was version {attack.version}, now {now}")
     return tuple(dict.fromkeys(reasons))
 
 

@@ -22,6 +22,16 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.masked_fill(label, -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
 
 
+def spread(logits: Tensor) -> Tensor:
+    """Return the standard deviation over the classes, so that scales do not matter: (..., C) -> (..., 1), without gradient."""
+    return logits.detach().std(-1, correction=0, keepdim=True).clamp(min=1e-12)
+
+
+def sharp_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the cross-entropy at one scale whatever the logits': never so large that its gradient rounds to zero: (B, C), (B,) -> (B,)."""
+    return cross_entropy((4 * logits / spread(logits)).float(), y)
+
+
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Return the difference of logits ratio (Croce and Hein, arXiv 2003.01690, equation 6).
 

@@ -102,7 +102,7 @@ def recorded(
             name=dataset.name, split=dataset.split, fingerprint=dataset.fingerprint, n=n, classes=len(dataset.classes)
         ),
         threat=str(threat),
-        attack=record.AttackInfo(name=attack.name, version=attack.version, parameters=dict(attack.parameters)),
+        attack=record.AttackInfo(name=attack.name, version=attack.version_on(target.defense.random), parameters=dict(attack.parameters)),
         scale=scale,
         seed=seed,
         clean_accuracy=record.Proportion.of(clean_estimate),

@@ -258,9 +258,7 @@ def _alike(r: Record, own: Record) -> bool:
 
 
 def _current(r: Record) -> bool:
-    known = attacks.registered()
-    name = r.attack.name if r.attack.name in known else r.attack.name.rpartition("-")[0]
-    return name not in known or known[name].version == r.attack.version
+    return attacks.current_version(r.attack.name, r.defense.random) in (None, r.attack.version)
 
 
 def copies(trial: Trial, find: Find) -> int:

@@ -365,6 +365,19 @@ def test_parse_reads_numbers_fractions_and_defaults() -> None:
     assert attacks.parse("mean-transfer-5").parameters["finetune"] == 0
 
 
+def test_an_attack_may_have_a_version_of_its_own_on_random_defenses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ATTACKS", dict(registry._ATTACKS))
+
+    @attacks.register("still", version=2, paper="none", number="steps", random_version=5)
+    def still(defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int, steps: int) -> Tensor:
+        return x.clone()
+
+    assert [attacks.parse("still-3").version_on(random) for random in (False, True)] == [2, 5]
+    assert [attacks.current_version("still-3", random) for random in (False, True)] == [2, 5]
+    assert [attacks.current_version("pgd-20", random) for random in (False, True)] == [attacks.parse("pgd-20").version] * 2
+    assert attacks.current_version("no-such-attack", False) is None
+
+
 def test_a_plugin_file_registers_an_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the defenses' door; what a file registered before it failed is taken out again."""
     monkeypatch.setattr(registry, "_ATTACKS", dict(registry._ATTACKS))

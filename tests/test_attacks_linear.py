@@ -152,6 +152,16 @@ def test_momentum_sees_through_the_noise_of_single_draws(text: str) -> None:
     assert shares[0] > max(shares[1:])
 
 
+@pytest.mark.parametrize("name", ["fast", "adaptive,steps=40,queries=20"])
+def test_fast_and_adaptive_follow_the_momentum_on_a_random_defense(name: str) -> None:
+    """No single draw's gradient shows the mean direction, and `fast` comes near to it all the same."""
+    threat, (direction, x) = ThreatModel.parse("Linf:0.1"), direction_and_images()
+    defense, y = Shaken(direction, 0.0).eval(), torch.zeros(len(x), dtype=torch.int64)
+    x_adv = attacks.parse(name)(defense, x, y, threat, examples=torch.arange(len(x)), seed=0)
+    share = ((x_adv - x).flatten(1).double() @ direction.double()) / optimal_gain(direction, x, threat)
+    assert float(share.mean()) > 0.8
+
+
 @pytest.mark.parametrize("text", ["Linf:0.1", "Linf:0.6"])
 def test_adam_reaches_the_optimum_of_linf(text: str) -> None:
     assert share_of_optimum("pgd-adam-300", text).min() > 0.99

@@ -10,7 +10,7 @@ from robench.attacks import pgd as _pgd  # noqa: F401
 from robench.attacks import pyautoattack as _pyautoattack  # noqa: F401
 from robench.attacks import square as _square  # noqa: F401
 from robench.attacks import universal as _universal  # noqa: F401
-from robench.attacks.registry import Attack, Found, RegisteredAttack, parse, register, registered
+from robench.attacks.registry import Attack, Found, RegisteredAttack, current_version, parse, register, registered
 from robench.attacks.transfer import mean_surrogate, transfer
 
-__all__ = ["Attack", "Found", "RegisteredAttack", "mean_surrogate", "parse", "register", "registered", "transfer"]
+__all__ = ["Attack", "Found", "RegisteredAttack", "current_version", "mean_surrogate", "parse", "register", "registered", "transfer"]

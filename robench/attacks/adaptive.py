@@ -1,12 +1,13 @@
 """The attack built from what the defense tells of itself: the worst case per example over many compositions.
 
-After Tramer et al., "On adaptive attacks to adversarial example defenses", arXiv 2002.08347. A composition ascends by APGD what it
-makes of the predictors' logits, and stops at what fools the defense itself. For CrossMax the mean of the predictors' logits is the
-one that broke it (arXiv 2411.14834, in the form that stays inside the budget of the clean image).
+After Tramer et al., "On adaptive attacks to adversarial example defenses", arXiv 2002.08347. A composition ascends what it makes of
+the predictors' logits: by APGD, and stops at what fools the defense itself, or, where the noise is another at each step, along the
+momentum. For CrossMax the mean of the predictors' logits is the one that broke it (arXiv 2411.14834, in the form that stays inside the
+budget of the clean image).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from itertools import count
@@ -19,6 +20,7 @@ from robench.aggregate import mean_of_logits, mean_of_probabilities
 from robench.attacks.ascent import Plan, TargetedLoss, ascend
 from robench.attacks.bare import bare
 from robench.attacks.fast import fast
+from robench.attacks.momentum import FIRST_STEP, ONWARD_STEP, follow
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
 from robench.attacks.reweighing import SHARES, reweighed
@@ -27,7 +29,7 @@ from robench.attacks.transfer import mean_surrogate
 from robench.attacks.views import Declared, Smoothed, StraightThrough
 from robench.defense import Defense
 from robench.errors import UserError
-from robench.losses import cross_entropy, margin
+from robench.losses import cross_entropy, margin, sharp_cross_entropy, spread
 from robench.noise import Draw
 from robench.surrogate import declares
 from robench.threat import ThreatModel
@@ -65,7 +67,7 @@ class Composition:
     applies: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
-@register("adaptive", version=3, paper="arXiv 2002.08347, 2211.08008")
+@register("adaptive", version=3, random_version=4, paper="arXiv 2002.08347, 2211.08008")
 def adaptive(
     defense: Defense,
     x: Tensor,
@@ -81,12 +83,13 @@ def adaptive(
 ) -> Found:
     """Attack through the prediction, its surrogates, its members and its gradient-free end, and keep the worst of each example.
 
-    A deterministic defense is put to `fast` first. An example is done when it is misclassified: on all of ten judging draws for a
+    The defense is put to `fast` first. An example is done when it is misclassified: on all of ten judging draws for a
     random defense, of which otherwise the image misclassified on most draws is kept. `Found.stages` counts the examples that a
     composition was the first to finish; for a random defense those whose kept image is the composition's.
 
-    Args beyond every attack's: `steps` of each ascent, `draws` averaged at each step (of a random or a smoothed defense), `targets`,
-    the most likely wrong classes that are aimed at, and `queries` of the Square attack at the end.
+    Args beyond every attack's: `steps` of each ascent (of one draw each, for a random defense), `draws` averaged at each step where they
+    are fixed (a quarter of the steps) or smooth the defense, `targets`, the most likely wrong classes that are aimed at, and `queries`
+    of the Square attack at the end.
     """
     if threat.epsilon == 0 or not len(x):
         return Found(x.clone())
@@ -94,7 +97,7 @@ def adaptive(
     if best.classes < 2:
         raise UserError("an attack needs at least 2 classes, and this defense has 1")
     index = best.pending.nonzero()[:, 0]
-    if not defense.random and len(index):
+    if len(index):
         images = fast(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=min(queries, 300)).x_adv
         best.see("fast", index, images)
     best.stages.setdefault("fast", torch.zeros_like(best.pending))
@@ -116,6 +119,11 @@ def _run(
     if composition.applies is not None and bool(held.any()):
         held[best.pending] = composition.applies(x[held], y[held], examples[held])
     plan = Plan(composition.loss, steps, draws, guide=composition.guide, fixed=composition.fixed, stops=composition.stops)
+    climb = ascend
+    if composition.fixed:
+        plan = replace(plan, steps=-(-steps // 4))
+    elif defense.random:
+        climb, plan = follow, replace(plan, draws=1, first_step=ONWARD_STEP if composition.onward else FIRST_STEP)
     for rank in range(composition.targets):
         index = (held & best.pending).nonzero()[:, 0]
         if len(index):
@@ -123,7 +131,7 @@ def _run(
             if not composition.onward:
                 start = threat.random_start(x[index], examples[index], seed, f"start/{composition.name}/{rank}")
             view, goal = composition.view(defense), best.ranked[index, rank]
-            x_adv = ascend(plan, run + rank, view, x[index], y[index], goal, threat, start, examples[index], seed)
+            x_adv = climb(plan, run + rank, view, x[index], y[index], goal, threat, start, examples[index], seed)
             best.see(composition.name, index, x_adv)
     best.stages.setdefault(composition.name, torch.zeros_like(best.pending))
 
@@ -167,22 +175,17 @@ class _Best:
             predictors = self.defense.predictors(x, draw).float()
             logits = self.defense.aggregate(predictors).float()
             share += (logits.argmax(1) != self.y[index]) / len(numbers)
-            tie += torch.sigmoid(margin(logits, self.y[index]) / _spread(logits)[:, 0]) / len(numbers)
+            tie += torch.sigmoid(margin(logits, self.y[index]) / spread(logits)[:, 0]) / len(numbers)
             shown = shown + predictors.log_softmax(-1)
         # Rounding must not leave the share of all draws below 1.
         share = (share * len(numbers)).round() / len(numbers)
         return share, share + tie / (2 * len(numbers)), shown
 
 
-def _spread(logits: Tensor) -> Tensor:
-    """Return the standard deviation over the classes, so that scales do not matter: (..., C) -> (..., 1), without gradient."""
-    return logits.detach().std(-1, correction=0, keepdim=True).clamp(min=1e-12)
-
-
 def _towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Return by how much, in spreads, the target's logit passes the label's: (B, C) -> (B,)."""
     gain = logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])
-    return (gain / _spread(logits))[:, 0]
+    return (gain / spread(logits))[:, 0]
 
 
 def _all_towards(predictors: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -196,7 +199,7 @@ def _members_margins(predictors: Tensor, y: Tensor, _target: Tensor) -> Tensor:
     """Return the logistic loss of the predictors' margins, whose gradient weighs those that still stand: (B, N, C) -> (B,)."""
     count = predictors.shape[1]
     flat = predictors.flatten(0, 1)
-    margins = margin(flat, y.repeat_interleave(count)) / _spread(flat)[:, 0]
+    margins = margin(flat, y.repeat_interleave(count)) / spread(flat)[:, 0]
     return -functional.softplus(-4 * margins).reshape(-1, count).mean(1)
 
 
@@ -204,13 +207,12 @@ def _ce(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
     return cross_entropy(logits.float(), y)
 
 
-def _sharp_ce(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """Return the cross-entropy at one scale whatever the logits': never so large that its gradient rounds to zero."""
-    return _ce(4 * logits / _spread(logits), y, target)
+def _sharp_ce(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
+    return sharp_cross_entropy(logits, y)
 
 
 def _margin(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
-    return margin(logits, y) / _spread(logits)[:, 0]
+    return margin(logits, y) / spread(logits)[:, 0]
 
 
 def _reweighed(defense: Defense, share: float) -> TargetedLoss:

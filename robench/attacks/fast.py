@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from robench.aggregate import mean_of_logits
-from robench.attacks.ascent import Plan, ascend
+from robench.attacks.ascent import Plan, TargetedLoss, ascend
 from robench.attacks.bare import bare
+from robench.attacks.momentum import FIRST_STEP, ONWARD_STEP, follow
 from robench.attacks.objective import Guide, evaluate_point, image_gradient
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
 from robench.attacks.steps import steepest
+from robench.attacks.transfer import mean_surrogate
 from robench.attacks.views import Declared, StraightThrough
 from robench.defense import Defense
 from robench.errors import UserError
-from robench.losses import margin
+from robench.losses import margin, sharp_cross_entropy
 from robench.noise import Draw
 from robench.surrogate import declares
 from robench.threat import ThreatModel
@@ -31,6 +33,7 @@ TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
 ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
 """Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
 STAGES = ("margin", "mean of logits", "targets", "onward", "straight-through", "bare networks", "square")
+STAGES_OF_RANDOM = ("cross-entropy", "margin", "onward")
 DECLARED = "declared surrogate"
 """A stage of the defenses that declare one."""
 JUDGING = range(2**30, 2**30 + 10)
@@ -43,7 +46,7 @@ SUSPECT, NEAR = 0.5, Fraction(1, 16)
 almost linear: one that keeps less than half of it has a gradient that misleads."""
 
 
-@register("fast", version=2, paper="arXiv 2003.01690, 2206.07314, 2203.05154")
+@register("fast", version=2, random_version=3, paper="arXiv 2003.01690, 2206.07314, 2203.05154")
 def fast(
     defense: Defense,
     x: Tensor,
@@ -62,27 +65,29 @@ def fast(
     logits); then towards target classes in the order of their estimated distance, for the examples within reach; then onward from the
     best image, for those in close reach. Where the gradient leads nowhere, it is that of the surrogates which the defense declares, then
     made straight-through. Where the defense hides its member networks, their own gradient is taken (`bare`). Where it still leads
-    nowhere, or misleads, Square spends `queries`. A random defense is attacked on all examples, by the first ascents, one through
-    declared surrogates and one onward, with `draws` at each step.
+    nowhere, or misleads, Square spends `queries`. A random defense, with every aggregation in it replaced by the mean of logits, is
+    attacked on all examples along the momentum (`robench.attacks.momentum`): on the cross-entropy, on the margin, through declared
+    surrogates and onward from the best image, each by ``steps * draws`` steps of one draw.
 
-    Args beyond every attack's: `steps`, `draws`, `queries`.
+    Args beyond every attack's: `steps`; `draws`, the steps of a random defense for each of another's; `queries`.
 
     Raises:
         UserError: with fewer than 2 classes.
     """
     if threat.epsilon == 0 or not len(x):
         return Found(x.clone())
-    search = _Search(defense, x, y, threat, examples, seed, draws)
+    search = _Search(defense, x, y, threat, examples, seed)
     if search.classes < 2:
         raise UserError("an attack needs at least 2 classes, and this defense has 1")
-    search.ascend("margin", search.standing if not defense.random else ~search.combined, steps)
-    search.ascend("mean of logits", search.standing & search.combined, steps, guide=mean_of_logits)
     if defense.random:
+        search.follow("cross-entropy", lambda logits, y, _target: sharp_cross_entropy(logits, y), steps * draws)
+        search.follow("margin", _untargeted, steps * draws)
         if declares(defense):
-            search.ascend(DECLARED, torch.ones_like(search.combined), 2 * steps, view=Declared)
-        search.ascend("onward", ~search.combined, 2 * steps, onward=0.5)
-        search.ascend("onward", search.combined, 2 * steps, guide=mean_of_logits, onward=0.5)
+            search.follow(DECLARED, _untargeted, steps * draws, view=Declared)
+        search.follow("onward", _untargeted, steps * draws, onward=True)
         return search.found()
+    search.ascend("margin", search.standing, steps)
+    search.ascend("mean of logits", search.standing & search.combined, steps, guide=mean_of_logits)
     masked, misled = search.lost_gradients()
     order = search.nearest_targets(search.standing & ~masked & (search.reach < TIERS[0][0]))
     for rank in range(order.shape[1]):
@@ -112,11 +117,12 @@ class _Search:
         goal: int64 (B,), the class nearest to the prediction at the best image.
     """
 
-    def __init__(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int, draws: int) -> None:
+    def __init__(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, examples: Tensor, seed: int) -> None:
         self.defense, self.x, self.y, self.threat = defense, x, y, threat
-        self.examples, self.seed, self.draws = examples, seed, draws
+        self.examples, self.seed = examples, seed
         self.best, self.runs = x.clone(), 0
-        self.stages = {name: torch.zeros_like(y, dtype=torch.bool) for name in (*STAGES, *([DECLARED] if declares(defense) else []))}
+        names = (*(STAGES_OF_RANDOM if defense.random else STAGES), *([DECLARED] if declares(defense) else []))
+        self.stages = {name: torch.zeros_like(y, dtype=torch.bool) for name in names}
         mean, self.logits = self._logits(x, examples)
         self.classes = self.logits.shape[1]
         self.combined = ((self.logits.log_softmax(1) - mean.log_softmax(1)).abs() > 1e-3).any(1)
@@ -161,19 +167,31 @@ class _Search:
         onward: float | None = None,
         view: Callable[[Defense], Defense] = lambda defense: defense,
     ) -> None:
-        """Ascend for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first step."""
+        """Ascend by APGD for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first
+        step.
+        """
         self.runs += 1
         index = held.nonzero()[:, 0]
         if not len(index):
             return
         x, y, examples = self.x[index], self.y[index], self.examples[index]
         loss = _untargeted if target is None else _targeted
-        plan = Plan(loss, steps, self.draws, guide=guide, first_step=2.0 if onward is None else onward)
+        plan = Plan(loss, steps, guide=guide, first_step=2.0 if onward is None else onward)
         start = self.best[index] if onward is not None else self.threat.random_start(x, examples, self.seed, f"start/fast/{self.runs}")
         goal = (self.goal if target is None else target)[index]
-        # A run's number keeps its draws apart from those of every shorter or longer run.
-        x_adv = ascend(plan, 1000 * self.runs, view(self.defense), x, y, goal, self.threat, start, examples, self.seed)
+        x_adv = ascend(plan, self.runs, view(self.defense), x, y, goal, self.threat, start, examples, self.seed)
         self.see(name, index, x_adv)
+
+    def follow(
+        self, name: str, loss: TargetedLoss, steps: int, *, view: Callable[[Defense], Defense] = mean_surrogate, onward: bool = False
+    ) -> None:
+        """Ascend a random defense along the momentum, on every example, from a random start or from the best image."""
+        self.runs += 1
+        start = self.best if onward else self.threat.random_start(self.x, self.examples, self.seed, f"start/fast/{self.runs}")
+        plan = Plan(loss, steps, first_step=ONWARD_STEP if onward else FIRST_STEP)
+        surrogate = view(self.defense)
+        x_adv = follow(plan, self.runs, surrogate, self.x, self.y, self.goal, self.threat, start, self.examples, self.seed)
+        self.see(name, torch.arange(len(self.y), device=self.y.device), x_adv)
 
     def see(self, name: str, index: Tensor, x_adv: Tensor) -> None:
         """Keep those of the images of the examples `index` that are better than before."""
@@ -224,7 +242,7 @@ class _Search:
         count = min(TIERS[-1][1], self.classes - 1)
         order = self.logits.scatter(1, self.y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
         index = held.nonzero()[:, 0]
-        if self.defense.random or not len(index):
+        if not len(index):
             return order
         point, y = self.x[index].clone().requires_grad_(), self.y[index]
         logits = self.defense(point).float()

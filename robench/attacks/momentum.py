@@ -7,10 +7,12 @@ cost, and the last iterate of shrinking steps needs no choosing.
 
 import math
 from collections import deque
+from dataclasses import replace
 
 from torch import Tensor
 
-from robench.attacks.pgd import Update, best_of, path
+from robench.attacks.ascent import Plan
+from robench.attacks.pgd import Update, best_of, path, untargeted_plan
 from robench.attacks.registry import register
 from robench.attacks.steps import steepest
 from robench.attacks.transfer import mean_surrogate
@@ -22,6 +24,8 @@ DECAY = 0.9
 """Of the momentum at each step."""
 FIRST_STEP = 0.5
 """The first step's size in budgets; the last one's is zero."""
+ONWARD_STEP = 0.1
+"""The same from an image that is good already."""
 SURROGATES = ("none", "mean")
 
 
@@ -52,15 +56,32 @@ def momentum(
     if surrogate not in SURROGATES:
         raise UserError(f"surrogate {surrogate!r} is not one of {', '.join(SURROGATES)}")
     attacked = mean_surrogate(defense) if surrogate == "mean" else defense
+    plan = replace(untargeted_plan(loss, steps, draws), first_step=FIRST_STEP)
     start = threat.random_start(x, examples, seed, "start/0")
-    iterates = path(attacked, x, y, threat, examples, seed, steps, loss, draws, momentum_update(threat, steps), start, 0)
-    if not defense.random:
-        return best_of(iterates, random=False)
+    if defense.random:
+        return follow(plan, 0, attacked, x, y, y, threat, start, examples, seed)
+    return best_of(path(plan, 0, momentum_update(threat, plan), attacked, x, y, y, threat, start, examples, seed), random=False)
+
+
+def follow(
+    plan: Plan,
+    run: int,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    threat: ThreatModel,
+    start: Tensor,
+    examples: Tensor,
+    seed: int,
+) -> Tensor:
+    """Ascend once from `start` along the momentum, whether or not the defense is fooled on the way; return the last iterate."""
+    iterates = path(plan, run, momentum_update(threat, plan), defense, x, y, target, threat, start, examples, seed)
     return deque(iterates, maxlen=1).pop()[0]
 
 
-def momentum_update(threat: ThreatModel, steps: int) -> Update:
-    """Return the update of an ascent of so many steps (Dong et al., arXiv 1710.06081, equation 6, with a step size that falls)."""
+def momentum_update(threat: ThreatModel, plan: Plan) -> Update:
+    """Return the update of the plan's ascent (Dong et al., arXiv 1710.06081, equation 6, with a step size that falls)."""
     average: Tensor | float = 0.0
     taken = 0
 
@@ -69,7 +90,7 @@ def momentum_update(threat: ThreatModel, steps: int) -> Update:
         # Of one size, so that a draw of large gradient does not decide.
         size = gradient.flatten(1).abs().mean(1).clamp(min=1e-30).reshape(-1, *[1] * (gradient.ndim - 1))
         average = DECAY * average + gradient / size
-        length = FIRST_STEP * threat.epsilon * (1 + math.cos(math.pi * taken / steps)) / 2
+        length = plan.first_step * threat.epsilon * (1 + math.cos(math.pi * taken / plan.steps)) / 2
         taken += 1
         return x_adv + length * steepest(average, threat.norm, x_adv)
 

@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from robench.attacks.ascent import Plan
 from robench.attacks.objective import Point, draw_numbers, evaluate_point
 from robench.attacks.registry import register
 from robench.attacks.steps import steepest
@@ -143,11 +144,8 @@ def _restarted(
     new_update: Callable[[], Update],
 ) -> Tensor:
     """Ascend from `restarts` random starts and keep each example's best result over all of them."""
-    starts = (threat.random_start(x, examples, seed, f"start/{restart}") for restart in range(restarts))
-    paths = (
-        path(defense, x, y, threat, examples, seed, steps, loss, draws, new_update(), start, restart)
-        for restart, start in enumerate(starts)
-    )
+    plan, starts = untargeted_plan(loss, steps, draws), (threat.random_start(x, examples, seed, f"start/{r}") for r in range(restarts))
+    paths = (path(plan, run, new_update(), defense, x, y, y, threat, start, examples, seed) for run, start in enumerate(starts))
     return best_of(chain.from_iterable(paths), defense.random)
 
 
@@ -180,35 +178,41 @@ def _ascend(
     return x_adv
 
 
+def untargeted_plan(loss: str, steps: int, draws: int) -> Plan:
+    """Return the plan of ascending the loss of this name (ce, margin, dlr) on the defense's own logits."""
+    untargeted = loss_named(loss)
+    return Plan(lambda logits, y, _target: untargeted(logits, y), steps, draws)
+
+
 def path(
+    plan: Plan,
+    run: int,
+    update: Update,
     defense: Defense,
     x: Tensor,
     y: Tensor,
+    target: Tensor,
     threat: ThreatModel,
+    start: Tensor,
     examples: Tensor,
     seed: int,
-    steps: int,
-    loss: str,
-    draws: int,
-    update: Update,
-    start: Tensor,
-    restart: int,
 ) -> Iterator[tuple[Tensor, Point]]:
-    """Yield each iterate and the defense's behaviour there, from the start to the last."""
-    untargeted, x_adv, bounds = loss_named(loss), start, threat.bounds(x)
-    for step in range(steps + 1):
+    """Yield each iterate and the defense's behaviour there, from the start to the last; `run` keeps apart the draws of several paths."""
+    x_adv, bounds = start, threat.bounds(x)
+    for step in range(plan.steps + 1):
         point = evaluate_point(
             defense,
             x_adv,
             y,
-            lambda logits: untargeted(logits, y),
+            lambda seen: plan.loss(seen, y, target),
             examples=examples,
             seed=seed,
-            numbers=draw_numbers(restart * (steps + 1) + step, draws),
-            gradient=step < steps,
+            numbers=plan.numbers(run, step),
+            gradient=step < plan.steps,
+            guide=plan.guide,
         )
         yield x_adv, point
-        if step < steps:
+        if step < plan.steps:
             x_adv = threat.project(update(x_adv, point.gradient), x, bounds=bounds)
 
 

@@ -43,6 +43,8 @@ Apply = Callable[[Tensor, ThreatModel, Tensor], Tensor]
 class RegisteredAttack:
     """One attack: its function, version (raise it when its results change), paper, and what a number in its name sets.
 
+    `random_version` is its version on random defenses, for one whose results changed there alone; else the same.
+
     An attack with `apply` learns from training images before it is run on others: its function
     ``(defense, x, y, threat, *, seed, ...)`` returns what it learnt, and ``apply(x, threat, learnt)`` the adversarial images.
     """
@@ -53,6 +55,11 @@ class RegisteredAttack:
     paper: str
     number: str | None = None
     apply: Apply | None = None
+    random_version: int | None = None
+
+    def version_on(self, random: bool) -> int:
+        """Return the version on a random defense or a deterministic one."""
+        return self.version if self.random_version is None or not random else self.random_version
 
     def defaults(self) -> dict[str, Value]:
         """Return the keyword parameters and their defaults, without what every attack takes."""
@@ -66,7 +73,7 @@ class RegisteredAttack:
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack with all its parameters, ready to run and to be recorded."""
+    """An attack with all its parameters, ready to run and to be recorded; `random_version` is its version on random defenses."""
 
     name: str
     version: int
@@ -74,6 +81,11 @@ class Attack:
     function: AttackFunction = field(repr=False, compare=False)
     apply: Apply | None = field(default=None, repr=False, compare=False)
     learnt: Tensor | None = field(default=None, repr=False, compare=False)
+    random_version: int | None = None
+
+    def version_on(self, random: bool) -> int:
+        """Return the version on a random defense or a deterministic one."""
+        return self.version if self.random_version is None or not random else self.random_version
 
     def fitted(self, defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int) -> "Attack":
         """Return the attack with what it learns from training images `x` (N, C, H, W) with labels `y`; itself if it learns nothing."""
@@ -115,9 +127,11 @@ _ATTACKS: dict[str, RegisteredAttack] = {}
 plugins.track(lambda: _ATTACKS)
 
 
-def register(name: str, *, version: int, paper: str, number: str | None = None, apply: Apply | None = None) -> Callable[[F], F]:
-    """Register an attack function under `name`; `number` names the parameter that ``NAME-N`` sets, and `apply` is given
-    for one that learns from training images (see `RegisteredAttack`).
+def register(
+    name: str, *, version: int, paper: str, number: str | None = None, apply: Apply | None = None, random_version: int | None = None
+) -> Callable[[F], F]:
+    """Register an attack function under `name`; `number` names the parameter that ``NAME-N`` sets, `apply` is given for one that
+    learns from training images, and `random_version` for one of another version on random defenses (see `RegisteredAttack`).
 
     Raises:
         UserError: if the name is taken.
@@ -126,7 +140,7 @@ def register(name: str, *, version: int, paper: str, number: str | None = None, 
     def add(function: F) -> F:
         if name in _ATTACKS:
             raise UserError(f"the attack name {name!r} is taken by {_ATTACKS[name].function.__module__}")
-        _ATTACKS[name] = RegisteredAttack(name, function, version, paper, number, apply)
+        _ATTACKS[name] = RegisteredAttack(name, function, version, paper, number, apply, random_version)
         return function
 
     return add
@@ -136,6 +150,14 @@ def registered() -> dict[str, RegisteredAttack]:
     """Return every registered attack by its name (without a number), those of the entry point group ``robench.attacks`` included."""
     plugins.discover(GROUP)
     return dict(sorted(_ATTACKS.items()))
+
+
+def current_version(name: str, random: bool) -> int | None:
+    """Return the version now of the attack that a record names (``pgd-20``), on a random defense or not; None if there is none."""
+    known = registered()
+    head = name.partition(",")[0]
+    found = known.get(head) or known.get(head.rpartition("-")[0])
+    return None if found is None else found.version_on(random)
 
 
 def parse(text: str) -> Attack:
@@ -155,7 +177,7 @@ def parse(text: str) -> Attack:
     for key, least in known.items():
         if type(least) is int and least > 0 and int(parameters[key] or 0) < 1:
             raise UserError(f"attack {attack.pattern!r}: {key} must be at least 1, not {parameters[key]}")
-    return Attack(head, attack.version, parameters, attack.function, attack.apply)
+    return Attack(head, attack.version, parameters, attack.function, attack.apply, random_version=attack.random_version)
 
 
 def _split_number(head: str) -> tuple[RegisteredAttack, int | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from robench.aggregate import mean_of_logits
-from robench.attacks.pgd import best_of, default_step_size, path, pgd, sign_update
+from robench.attacks.pgd import best_of, default_step_size, path, pgd, sign_update, untargeted_plan
 from robench.attacks.registry import Attack, Found, register
 from robench.defense import Defense
 from robench.errors import UserError
@@ -121,7 +121,8 @@ def mean_transfer(
     update = sign_update(threat, default_step_size(threat, steps, step_size))
     # The draws that the surrogate was attacked with would favour the transferred image.
     fresh = -(-restarts * (steps + 1) // (finetune + 1))
-    iterates = path(defense, x, y, threat, examples, seed, finetune, loss, draws, update, transferred, fresh)
+    plan = untargeted_plan(loss, finetune, draws)
+    iterates = path(plan, fresh, update, defense, x, y, y, threat, transferred, examples, seed)
     return best_of(iterates, defense.random)
 
 

@@ -78,7 +78,7 @@ def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str |
     known = record.load_folder(records)
     rows = leaderboard.rows(
         known, dataset=dataset, threat=threat, verdicts=settlement.verdicts_by_defense(settlement.settle_all(known)),
-        attack_versions={name: attack.version for name, attack in attacks.registered().items()},
+        attack_version=attacks.current_version,
         defense_versions={name: entry.version for name, entry in zoo.entries().items()},
     )  # fmt: skip
     if style == "table" and out is None:

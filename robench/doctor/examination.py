@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robench.attacks import Attack
 from robench.attacks.objective import Point, evaluate_point
-from robench.attacks.pgd import best_of, default_step_size, path
+from robench.attacks.pgd import best_of, default_step_size, path, untargeted_plan
 from robench.attacks.steps import steepest
 from robench.data import Dataset, as_float
 from robench.defense import Defense
@@ -188,11 +188,11 @@ class Examination:
             # A gradient that is not finite would end every later step, and is a finding of its own.
             return x_adv + size * steepest(gradient.nan_to_num(0, 0, 0), within.norm, x_adv)
 
-        parts, losses = [], []
+        plan, parts, losses = untargeted_plan(loss, steps, draws), [], []
         for x, y, names in self.batches(self.x, self.y, self.examples):
             start = x if from_clean else within.random_start(x, names, self.seed, f"start/{restart}")
             noted: list[Tensor] = []
-            iterates = path(model, x, y, within, names, self.seed, steps, loss, draws, update, start, restart)
+            iterates = path(plan, restart, update, model, x, y, y, within, start, names, self.seed)
             parts.append(best_of(_noting_losses(iterates, noted), self.defense.random))
             losses.append(torch.stack(noted, dim=1))
         self.runs[name] = self.score(torch.cat(parts), within, torch.cat(losses))
