@@ -20,6 +20,7 @@ from robench.aggregate import mean_of_logits, mean_of_probabilities
 from robench.attacks.ascent import Plan, TargetedLoss, ascend
 from robench.attacks.bare import bare
 from robench.attacks.fast import fast
+from robench.attacks.judging import judge
 from robench.attacks.momentum import FIRST_STEP, ONWARD_STEP, follow
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
@@ -34,8 +35,6 @@ from robench.noise import Draw
 from robench.surrogate import declares
 from robench.threat import ThreatModel
 
-JUDGING = range(2**30, 2**30 + 10)
-"""Draws that judge a random defense's images; no ascent takes them."""
 SMOOTHING = 0.25
 """Deviation of the noise that smooths a shattered gradient, as a share of what the budget allows each value if spread evenly."""
 
@@ -83,9 +82,9 @@ def adaptive(
 ) -> Found:
     """Attack through the prediction, its surrogates, its members and its gradient-free end, and keep the worst of each example.
 
-    The defense is put to `fast` first. An example is done when it is misclassified: on all of ten judging draws for a
-    random defense, of which otherwise the image misclassified on most draws is kept. `Found.stages` counts the examples that a
-    composition was the first to finish; for a random defense those whose kept image is the composition's.
+    The defense is put to `fast` first. An example is done when it is misclassified: on all of twenty judging draws for a random
+    defense, of which otherwise the image nearest to it is kept. `Found.stages` counts the examples that a composition was the first
+    to finish; for a random defense those whose kept image is the composition's.
 
     Args beyond every attack's: `steps` of each ascent (of one draw each, for a random defense), `draws` averaged at each step where they
     are fixed (a quarter of the steps) or smooth the defense, `targets`, the most likely wrong classes that are aimed at, and `queries`
@@ -143,9 +142,10 @@ class _Best:
         self.defense, self.y, self.examples, self.seed = defense, y, examples, seed
         self.x_adv = x.clone()
         self.stages: dict[str, Tensor] = {}
-        self.share, self.score, shown = self._judge(torch.arange(len(x), device=x.device), x)
-        self.predictors, self.classes = shown.shape[1:]
-        self.ranked = shown.mean(1).scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
+        judged = judge(defense, x, y, examples=examples, seed=seed)
+        self.share, self.score = judged.share, judged.score
+        self.predictors, self.classes = judged.shown.shape[1:]
+        self.ranked = judged.shown.mean(1).scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
 
     @property
     def pending(self) -> Tensor:
@@ -154,32 +154,14 @@ class _Best:
 
     def see(self, name: str, index: Tensor, x_adv: Tensor) -> None:
         """Keep what is better than before among images of the examples `index`."""
-        share, score, _ = self._judge(index, x_adv)
-        better = score > self.score[index]
+        judged = judge(self.defense, x_adv, self.y[index], examples=self.examples[index], seed=self.seed)
+        better = judged.score > self.score[index]
         chosen = index[better]
-        self.x_adv[chosen], self.share[chosen], self.score[chosen] = x_adv[better], share[better], score[better]
+        self.x_adv[chosen], self.share[chosen], self.score[chosen] = x_adv[better], judged.share[better], judged.score[better]
         for marks in self.stages.values():
             marks[chosen] = False
         marks = self.stages.setdefault(name, torch.zeros_like(self.pending))
-        marks[chosen] = (share[better] == 1) | self.defense.random
-
-    @torch.no_grad()
-    def _judge(self, index: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the share of judging draws that misclassify (B,), the same with the margin to break ties, and the predictors'
-        log-probabilities (B, N, classes), summed over the draws.
-        """
-        share, tie, shown = 0.0 * self.y[index], 0.0 * self.y[index], torch.zeros(1, device=x.device)
-        numbers = JUDGING if self.defense.random else range(1)
-        for number in numbers:
-            draw = Draw(self.seed, self.examples[index], number) if self.defense.random else None
-            predictors = self.defense.predictors(x, draw).float()
-            logits = self.defense.aggregate(predictors).float()
-            share += (logits.argmax(1) != self.y[index]) / len(numbers)
-            tie += torch.sigmoid(margin(logits, self.y[index]) / spread(logits)[:, 0]) / len(numbers)
-            shown = shown + predictors.log_softmax(-1)
-        # Rounding must not leave the share of all draws below 1.
-        share = (share * len(numbers)).round() / len(numbers)
-        return share, share + tie / (2 * len(numbers)), shown
+        marks[chosen] = (judged.share[better] == 1) | self.defense.random
 
 
 def _towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:

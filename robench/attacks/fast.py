@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from robench.aggregate import mean_of_logits
-from robench.attacks.ascent import Plan, TargetedLoss, ascend
+from robench.attacks.ascent import Plan, ascend
 from robench.attacks.bare import bare
-from robench.attacks.momentum import FIRST_STEP, ONWARD_STEP, follow
+from robench.attacks.fast_on_random import fast_on_random
 from robench.attacks.objective import Guide, evaluate_point, image_gradient
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
 from robench.attacks.steps import steepest
-from robench.attacks.transfer import mean_surrogate
 from robench.attacks.views import Declared, StraightThrough
 from robench.defense import Defense
 from robench.errors import UserError
-from robench.losses import margin, sharp_cross_entropy
-from robench.noise import Draw
+from robench.losses import margin
 from robench.surrogate import declares
 from robench.threat import ThreatModel
 
@@ -33,11 +31,8 @@ TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
 ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
 """Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
 STAGES = ("margin", "mean of logits", "targets", "onward", "straight-through", "bare networks", "square")
-STAGES_OF_RANDOM = ("cross-entropy", "margin", "onward")
 DECLARED = "declared surrogate"
 """A stage of the defenses that declare one."""
-JUDGING = range(2**30, 2**30 + 10)
-"""Draws that judge a random defense's images; no ascent takes them."""
 DUAL = {"Linf": 1.0, "L2": 2.0, "L1": float("inf")}
 MASKED = 0.1
 """Where an ascent gains less than this share of what the clean image's gradient promises, that is taken to be masked."""
@@ -65,27 +60,21 @@ def fast(
     logits); then towards target classes in the order of their estimated distance, for the examples within reach; then onward from the
     best image, for those in close reach. Where the gradient leads nowhere, it is that of the surrogates which the defense declares, then
     made straight-through. Where the defense hides its member networks, their own gradient is taken (`bare`). Where it still leads
-    nowhere, or misleads, Square spends `queries`. A random defense, with every aggregation in it replaced by the mean of logits, is
-    attacked on all examples along the momentum (`robench.attacks.momentum`): on the cross-entropy, on the margin, through declared
-    surrogates and onward from the best image, each by ``steps * draws`` steps of one draw.
+    nowhere, or misleads, Square spends `queries`. A random defense is attacked along the momentum (`fast_on_random`), by ascents of
+    ``steps * draws`` steps of one draw.
 
-    Args beyond every attack's: `steps`; `draws`, the steps of a random defense for each of another's; `queries`.
+    Args beyond every attack's: `steps`; `draws`, the steps on a random defense for each on another; `queries`.
 
     Raises:
         UserError: with fewer than 2 classes.
     """
     if threat.epsilon == 0 or not len(x):
         return Found(x.clone())
+    if defense.random:
+        return fast_on_random(defense, x, y, threat, examples=examples, seed=seed, steps=steps * draws)
     search = _Search(defense, x, y, threat, examples, seed)
     if search.classes < 2:
         raise UserError("an attack needs at least 2 classes, and this defense has 1")
-    if defense.random:
-        search.follow("cross-entropy", lambda logits, y, _target: sharp_cross_entropy(logits, y), steps * draws)
-        search.follow("margin", _untargeted, steps * draws)
-        if declares(defense):
-            search.follow(DECLARED, _untargeted, steps * draws, view=Declared)
-        search.follow("onward", _untargeted, steps * draws, onward=True)
-        return search.found()
     search.ascend("margin", search.standing, steps)
     search.ascend("mean of logits", search.standing & search.combined, steps, guide=mean_of_logits)
     masked, misled = search.lost_gradients()
@@ -110,7 +99,7 @@ def fast(
 
 
 class _Search:
-    """What is known of each example: its best image, the margin there, and the target class that came nearest.
+    """What is known of each example of a deterministic defense: its best image, the margin there, and the target class that came nearest.
 
     Attributes:
         combined: bool (B,), where the prediction is another than the mean of the predictors' logits.
@@ -121,18 +110,17 @@ class _Search:
         self.defense, self.x, self.y, self.threat = defense, x, y, threat
         self.examples, self.seed = examples, seed
         self.best, self.runs = x.clone(), 0
-        names = (*(STAGES_OF_RANDOM if defense.random else STAGES), *([DECLARED] if declares(defense) else []))
-        self.stages = {name: torch.zeros_like(y, dtype=torch.bool) for name in names}
-        mean, self.logits = self._logits(x, examples)
+        self.stages = {name: torch.zeros_like(y, dtype=torch.bool) for name in (*STAGES, *([DECLARED] if declares(defense) else []))}
+        mean, self.logits = self._logits(x)
         self.classes = self.logits.shape[1]
         self.combined = ((self.logits.log_softmax(1) - mean.log_softmax(1)).abs() > 1e-3).any(1)
         self.clean_margin = self.margin = margin(self.logits, y)
         self.goal = self._runner_up(self.logits, y)
-        self.fooled = torch.zeros_like(self.combined) if defense.random else self.logits.argmax(1) != y
+        self.fooled = self.logits.argmax(1) != y
 
     @property
     def standing(self) -> Tensor:
-        """Which examples are not fooled yet; a random defense's all are, since one draw is luck: bool (B,)."""
+        """Which examples are not fooled yet: bool (B,)."""
         return ~self.fooled
 
     @property
@@ -145,12 +133,10 @@ class _Search:
         return Found(self.best, self.stages)
 
     @torch.no_grad()
-    def _logits(self, x: Tensor, examples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean of the predictors' logits and the defense's own (B, classes), over `JUDGING` draws if it is random."""
-        drawn = [Draw(self.seed, examples, number) for number in JUDGING] if self.defense.random else [None]
-        predictors = [self.defense.predictors(x, draw).float() for draw in drawn]
-        means, own = ([combine(p) for p in predictors] for combine in (mean_of_logits, self.defense.aggregate))
-        return torch.stack(means).mean(0), torch.stack(own).float().mean(0)
+    def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of the predictors' logits and the defense's own (B, classes)."""
+        predictors = self.defense.predictors(x).float()
+        return mean_of_logits(predictors), self.defense.aggregate(predictors).float()
 
     @staticmethod
     def _runner_up(logits: Tensor, y: Tensor) -> Tensor:
@@ -167,9 +153,7 @@ class _Search:
         onward: float | None = None,
         view: Callable[[Defense], Defense] = lambda defense: defense,
     ) -> None:
-        """Ascend by APGD for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first
-        step.
-        """
+        """Ascend for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first step."""
         self.runs += 1
         index = held.nonzero()[:, 0]
         if not len(index):
@@ -182,29 +166,15 @@ class _Search:
         x_adv = ascend(plan, self.runs, view(self.defense), x, y, goal, self.threat, start, examples, self.seed)
         self.see(name, index, x_adv)
 
-    def follow(
-        self, name: str, loss: TargetedLoss, steps: int, *, view: Callable[[Defense], Defense] = mean_surrogate, onward: bool = False
-    ) -> None:
-        """Ascend a random defense along the momentum, on every example, from a random start or from the best image."""
-        self.runs += 1
-        start = self.best if onward else self.threat.random_start(self.x, self.examples, self.seed, f"start/fast/{self.runs}")
-        plan = Plan(loss, steps, first_step=ONWARD_STEP if onward else FIRST_STEP)
-        surrogate = view(self.defense)
-        x_adv = follow(plan, self.runs, surrogate, self.x, self.y, self.goal, self.threat, start, self.examples, self.seed)
-        self.see(name, torch.arange(len(self.y), device=self.y.device), x_adv)
-
     def see(self, name: str, index: Tensor, x_adv: Tensor) -> None:
         """Keep those of the images of the examples `index` that are better than before."""
-        logits = self._logits(x_adv, self.examples[index])[1]
+        logits = self._logits(x_adv)[1]
         reached, fooled = margin(logits, self.y[index]), logits.argmax(1) != self.y[index]
-        better = reached > self.margin[index]
-        if not self.defense.random:
-            better |= fooled
+        better = fooled | (reached > self.margin[index])
         kept = index[better]
         self.best[kept], self.goal[kept] = x_adv[better], self._runner_up(logits, self.y[index])[better]
         self.margin = self.margin.index_copy(0, kept, reached[better])
-        if not self.defense.random:
-            self.fooled[index[fooled]] = True
+        self.fooled[index[fooled]] = True
         self.stages[name][index[fooled & better]] = True
 
     def lost_gradients(self) -> tuple[Tensor, Tensor]:
@@ -228,7 +198,7 @@ class _Search:
             x, gradient, rows = x[suspect], point.gradient[suspect], index[suspect]
             near = self.threat.scaled(NEAR)
             there = near.project(x + near.epsilon * steepest(gradient, near.norm, x), x)
-            rise = margin(self._logits(there, self.examples[rows])[1], self.y[rows]) - self.clean_margin[rows]
+            rise = margin(self._logits(there)[1], self.y[rows]) - self.clean_margin[rows]
             misled[rows] = rise < (gradient * (there - x)).flatten(1).sum(1) / 2
         return masked, misled
 
