@@ -87,8 +87,8 @@ def adaptive(
     to finish; for a random defense those whose kept image is the composition's.
 
     Args beyond every attack's: `steps` of each ascent (of one draw each, for a random defense), `draws` averaged at each step where they
-    are fixed (a quarter of the steps) or smooth the defense, `targets`, the most likely wrong classes that are aimed at, and `queries`
-    of the Square attack at the end.
+    are fixed or onward from the best image (both by a quarter of the steps) or smooth the defense, `targets`, the most likely wrong
+    classes that are aimed at, and `queries` of the Square attack at the end.
     """
     if threat.epsilon == 0 or not len(x):
         return Found(x.clone())
@@ -117,12 +117,7 @@ def _run(
     held, before, y, examples = best.pending.clone(), best.x_adv.clone(), best.y, best.examples
     if composition.applies is not None and bool(held.any()):
         held[best.pending] = composition.applies(x[held], y[held], examples[held])
-    plan = Plan(composition.loss, steps, draws, guide=composition.guide, fixed=composition.fixed, stops=composition.stops)
-    climb = ascend
-    if composition.fixed:
-        plan = replace(plan, steps=-(-steps // 4))
-    elif defense.random:
-        climb, plan = follow, replace(plan, draws=1, first_step=ONWARD_STEP if composition.onward else FIRST_STEP)
+    climb, plan = _way(composition, defense, steps, draws)
     for rank in range(composition.targets):
         index = (held & best.pending).nonzero()[:, 0]
         if len(index):
@@ -133,6 +128,19 @@ def _run(
             x_adv = climb(plan, run + rank, view, x[index], y[index], goal, threat, start, examples[index], seed)
             best.see(composition.name, index, x_adv)
     best.stages.setdefault(composition.name, torch.zeros_like(best.pending))
+
+
+def _way(composition: Composition, defense: Defense, steps: int, draws: int) -> tuple[Callable[..., Tensor], Plan]:
+    """Return the ascent and its plan: APGD, and where the noise is another at each step the momentum, thorough only from the best image."""
+    plan = Plan(composition.loss, steps, draws, guide=composition.guide, fixed=composition.fixed, stops=composition.stops)
+    few = -(-steps // 4)
+    if not defense.random:
+        return ascend, plan
+    if composition.fixed:
+        return ascend, replace(plan, steps=few)
+    if composition.onward:
+        return follow, replace(plan, steps=few, first_step=ONWARD_STEP)
+    return follow, replace(plan, draws=1, first_step=FIRST_STEP)
 
 
 class _Best:
