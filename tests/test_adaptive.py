@@ -191,7 +191,8 @@ def test_an_ascent_on_a_surrogate_that_is_fooled_goes_on() -> None:
     assert all(torch.equal(found, losses.margin(surrogate(far), y)) for found in margins)
 
 
-def test_a_random_defense_keeps_the_image_that_fails_on_most_draws() -> None:
+@pytest.mark.parametrize("name", ["adaptive,steps=10,draws=3,queries=20", "fast,steps=10,draws=2"])
+def test_a_random_defense_keeps_the_image_that_fails_on_most_draws(name: str) -> None:
     defense, x, judges = Noisy().eval(), images(), range(2**20, 2**20 + 40)
 
     def failures(at: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def test_a_random_defense_keeps_the_image_that_fails_on_most_draws() -> None:
 
     with torch.no_grad():
         y = torch.stack([defense(x, Draw(9, IDS, number)) for number in judges]).mean(0).argmax(1)
-    found = run("adaptive,steps=10,draws=3,queries=20", defense, x, y)
+    found = run(name, defense, x, y)
     direct = run("apgd-ce,steps=10,draws=3", defense, x, y)
     assert failures(found.x_adv) >= failures(direct.x_adv) > failures(x)
     kept = torch.stack(list(found.stages.values())).sum(0)
