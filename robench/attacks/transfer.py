@@ -77,7 +77,8 @@ def transfer(surrogate: Defense, attack: Attack) -> Attack:
         return attack.function(surrogate, x, y, threat, **own)
 
     kind = type(surrogate).__name__
-    return Attack(f"transfer:{attack.name}", attack.version, {**attack.parameters, "surrogate": kind}, attack_surrogate)
+    parameters = {**attack.parameters, "surrogate": kind}
+    return Attack(f"transfer:{attack.name}", attack.version, parameters, attack_surrogate, random_version=attack.random_version)
 
 
 @register("mean-transfer", version=1, paper="arXiv 2411.14834", number="steps")
