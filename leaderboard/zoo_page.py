@@ -81,9 +81,10 @@ def _most(records: Iterable[Record]) -> Record | None:
 
 
 def _changed(r: Record) -> list[str]:
-    """Return an attack's parameters that are not its defaults."""
-    usual = attacks.registered()[r.attack.name].defaults()
-    return [f"{key}={value}" for key, value in r.attack.parameters.items() if value != usual.get(key)]
+    """Return an attack's parameters that are not its defaults, and its version if there is a later one."""
+    usual, now = attacks.registered()[r.attack.name].defaults(), attacks.current_version(r.attack.name, r.defense.random)
+    earlier = [f"version {r.attack.version}, now {now}"] if r.attack.version != now else []
+    return [*(f"{key}={value}" for key, value in r.attack.parameters.items() if value != usual.get(key)), *earlier]
 
 
 def _bound(r: Record | None) -> str:
