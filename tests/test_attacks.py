@@ -375,7 +375,7 @@ def test_an_attack_may_have_a_version_of_its_own_on_random_defenses(monkeypatch:
     assert [attacks.parse("still-3").version_on(random) for random in (False, True)] == [2, 5]
     assert [attacks.current_version("still-3", random) for random in (False, True)] == [2, 5]
     assert [attacks.current_version("pgd-20", random) for random in (False, True)] == [attacks.parse("pgd-20").version] * 2
-    assert attacks.current_version("no-such-attack", False) is None
+    assert [attacks.current_version(name, False) for name in ("no-such-attack", "still-going")] == [None, None]
 
 
 def test_a_plugin_file_registers_an_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

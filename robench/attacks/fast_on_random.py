@@ -43,7 +43,8 @@ def fast_on_random(defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, 
         reached = judge(defense, x_adv, y, examples=examples, seed=seed).score
         better = reached > score
         best = torch.where(better.reshape(-1, *[1] * (x.ndim - 1)), x_adv, best)
-        score = torch.maximum(reached, score)
+        # Not the larger of both, which a score that is not a number would be.
+        score = torch.where(better, reached, score)
         stages = {other: marks & ~better for other, marks in stages.items()} | {name: better}
     return Found(best, stages)
 

@@ -156,7 +156,8 @@ def current_version(name: str, random: bool) -> int | None:
     """Return the version now of the attack that a record names (``pgd-20``), on a random defense or not; None if there is none."""
     known = registered()
     head = name.partition(",")[0]
-    found = known.get(head) or known.get(head.rpartition("-")[0])
+    pattern, _, number = head.rpartition("-")
+    found = known.get(pattern if head not in known and number.isdigit() else head)
     return None if found is None else found.version_on(random)
 
 
