@@ -4,6 +4,7 @@ What is known of a decoy is the robust accuracy of its networks: no decoy adds t
 or a check that is any good must come down to it. Four are held out: the doctor's thresholds were set without them.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def shattered(networks: Networks) -> Defense:
 
 
 class _Scrambled(torch.autograd.Function):
-    """The identity; its gradient comes back half an image away."""
+    """The identity; its gradient comes back half an image, or half the features, away."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -205,7 +206,8 @@ class _Scrambled(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: object, gradient: Tensor) -> Tensor:
-        return gradient.roll((gradient.shape[-2] // 2, gradient.shape[-1] // 2), dims=(-2, -1))
+        places = range(max(1, gradient.ndim - 2), gradient.ndim)
+        return gradient.roll([gradient.shape[place] // 2 for place in places], dims=list(places))
 
 
 @decoy()
@@ -310,6 +312,44 @@ def k_winners(networks: Networks) -> Defense:
 
     layers = [layer for layer in networks[0].modules() if isinstance(layer, nn.BatchNorm2d | nn.ReLU)]
     return Hooked(networks[0], winners, outputs_of=layers)
+
+
+class Table(nn.Module):
+    """Values looked up in a table of levels a sixteenth apart: no gradient, nor one straight through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = torch.arange(-128, 129, device=x.device, dtype=x.dtype) / 16
+        return levels[(16 * x + 128.5).long().clamp(0, 256)]
+
+
+class Scrambled(nn.Module):
+    """What it is given, with a backward pass that is wrong."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scrambled: Tensor = _Scrambled.apply(x)
+        return scrambled
+
+
+def _after_activations(network: nn.Module, layer: Callable[[], nn.Module]) -> Defense:
+    """Return a copy of a network with a layer after every batch norm and ReLU module, as a defense."""
+    changed = copy.deepcopy(network)
+    for module in list(changed.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d | nn.ReLU):
+                setattr(module, name, nn.Sequential(child, layer()))
+    return Behind(changed)
+
+
+@decoy()
+def tabulated_features(networks: Networks) -> Defense:
+    """Activations looked up in a table at every batch norm: the gradient ends inside the network."""
+    return _after_activations(networks[0], Table)
+
+
+@decoy()
+def scrambled_features(networks: Networks) -> Defense:
+    """A wrong backward pass at every batch norm: the gradient is lost inside the network."""
+    return _after_activations(networks[0], Scrambled)
 
 
 @decoy()

@@ -19,7 +19,7 @@ from robench.targets import Target
 from robench.threat import ThreatModel
 
 LINF = ThreatModel.parse("Linf:48/255")
-NO_GRADIENT = ("rounded_logits", "stopped_gradient", "hard_vote", "quantised_input", "thermometer", "jpeg", "palette")
+NO_GRADIENT = ("rounded_logits", "stopped_gradient", "hard_vote", "quantised_input", "thermometer", "jpeg", "palette", "tabulated_features")
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +83,7 @@ def test_decoys_without_a_gradient_have_none(name: str, networks: list[nn.Module
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("name", ["quantised_input", "shattered", "scrambled_gradient", "jpeg"])
+@pytest.mark.parametrize("name", ["quantised_input", "shattered", "scrambled_gradient", "jpeg", "tabulated_features", "scrambled_features"])
 def test_a_decoy_seems_robust_and_is_not(name: str, networks: list[nn.Module], digits: Dataset) -> None:
     case = Case(name, build(name, networks), honest(networks[:1]))
     few = digits.first(20)

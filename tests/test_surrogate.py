@@ -115,14 +115,21 @@ class Stepped(nn.Module):
         return logits
 
 
+class Mirror(nn.Module):
+    """The mirror image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(-1)
+
+
 class Noisy(Defense):
-    """A random network on looked-up pixels, which cannot be attacked without them."""
+    """A random network on looked-up pixels of the mirror image, so that the gradient of what it sees is no gradient of the image."""
 
     random = True
 
     def __init__(self, network: nn.Module, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
         super().__init__()
-        self.stepped = Stepped(network, wrap(lambda x, noise: rounded((x + noise).clamp(0, 1))))
+        self.stepped = Stepped(nn.Sequential(Mirror(), network), wrap(lambda x, noise: rounded((x + noise).clamp(0, 1)).flip(-1)))
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
         assert draw is not None
@@ -140,7 +147,7 @@ class Noisy(Defense):
 def test_a_random_defenses_surrogate_is_used_too(networks: list[nn.Module], name: str) -> None:
     split = data.load("digits", "test").first(20)
     x, examples, left = as_float(split.images), torch.arange(20), []
-    for wrap in (lambda step: step, lambda step: Substitute(step, lambda x, noise: x + noise)):
+    for wrap in (lambda step: step, lambda step: Substitute(step, lambda x, noise: (x + noise).flip(-1))):
         defense = Noisy(networks[0], wrap).eval()
         x_adv = attacks.parse(name)(defense, x, split.labels, LINF, examples=examples, seed=0)
         left.append(int((defense(x_adv, Draw(9, examples)).argmax(1) == split.labels).sum()))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robench import noise
+from robench.attacks.layers import Forward, LedPast, detours, forward
 from robench.attacks.objective import image_gradient
 from robench.attacks.views import View
 from robench.defense import Defense
@@ -38,16 +39,32 @@ class Bare(View):
             return self.defense.predictors(x, draw)
 
 
-def bare(defense: Defense, like: Tensor) -> Bare | None:
-    """Return the defense as `Bare`, or None where its own gradient points the same way, so that there is nothing to gain.
+@torch.enable_grad()
+def bare(defense: Defense, like: Tensor) -> View | None:
+    """Return the defense with what hides its networks' gradient passed over, or None where there is nothing to gain.
 
-    Two images of noise of the shape of `like` (B, C, H, W) are looked at, so that it does not depend on the images attacked.
+    First inside the networks (`robench.attacks.layers`), then, if the gradient still points another way, what stands before
+    the networks (`Bare`). Two images of noise of the shape of `like` (B, C, H, W) are looked at, so that it does not depend on the
+    images attacked.
     """
-    examples, found = torch.arange(PROBES, device=like.device), Bare(defense)
-    probe = noise.uniform(Draw(0, examples), "bare networks", tuple(like.shape[1:])).to(like)
-    own, straight = (_gradient(model, probe, Draw(0, examples) if defense.random else None) for model in (defense, found))
+    own, seen = looked_at(defense, like)
+    x, draw, found = seen.x, seen.draw, detours(seen)
+    open_inside = LedPast(defense, found) if found else None
+    if open_inside is not None:
+        own = _gradient(open_inside.predictors(x, draw), x)
+    networks = Bare(open_inside or defense)
+    straight = _gradient(networks.predictors(x, draw), x)
     apart = functional.cosine_similarity(own, straight, eps=1e-30) < ALIKE
-    return found if bool((apart & (straight != 0).any(1)).any()) else None
+    return networks if bool((apart & (straight != 0).any(1)).any()) else open_inside
+
+
+@torch.enable_grad()
+def looked_at(defense: Defense, like: Tensor) -> tuple[Tensor, Forward]:
+    """Return the gradient (B, D) of a defense at two images of noise of the shape of `like`, and the forward it is of."""
+    examples = torch.arange(PROBES, device=like.device)
+    x = noise.uniform(Draw(0, examples), "bare networks", tuple(like.shape[1:])).to(like).requires_grad_()
+    logits, seen = forward(defense, x, Draw(0, examples) if defense.random else None)
+    return _gradient(logits, x), seen
 
 
 @contextlib.contextmanager
@@ -67,9 +84,6 @@ def _straight_to(x: Tensor, members: list[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-@torch.enable_grad()
-def _gradient(model: Defense, probe: Tensor, draw: Draw | None) -> Tensor:
+def _gradient(predictors: Tensor, x: Tensor) -> Tensor:
     """Return the gradient (B, D) of the spread over the classes of the mean of the predictors' logits."""
-    point = probe.clone().requires_grad_()
-    logits = model.predictors(point, draw).float().mean(1)
-    return image_gradient(logits.var(1), point).flatten(1)
+    return image_gradient(predictors.float().mean(1).var(1), x, keep_graph=True).flatten(1)
