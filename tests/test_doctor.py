@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from robench import data, doctor, noise, targets
+from benchmarks.decoy_defenses import Scrambled, Table
+from robench import attacks, data, doctor, noise, targets
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
 from robench.attacks import Attack
 from robench.cli import main
@@ -96,6 +97,12 @@ def test_honest_models_get_no_flag(examine: Examine, linear_network: nn.Module, 
         assert [finding.check for finding in diagnosis.findings if finding.flagged] == []
 
 
+def test_a_gradient_lost_inside_is_named_by_its_layer(examine: Examine, networks: list[nn.Module]) -> None:
+    finding = found(examine(nn.Sequential(*networks[0][:3], Scrambled(), networks[0][3])), "gradient inside")
+    assert finding.values == {"places": 1}
+    assert finding.meaning.endswith("before or at module.3")
+
+
 def test_what_falls_to_the_doctor_itself_is_called_not_robust(examine: Examine, linear_network: nn.Module) -> None:
     """A linear model's robust accuracy falls with the budget to 0; one answer to every image has a tenth."""
     diagnoses = [examine(linear_network, ThreatModel.parse(threat)) for threat in ("L2:0.5", "L2:3")]
@@ -132,6 +139,9 @@ TRICKS: dict[str, tuple[Callable[[list[nn.Module]], nn.Module], set[str]]] = {
     "rounded": (lambda n: Changed(n[0], after=lambda logits: (logits / 4).round()), {"input gradients", "ties"}),
     "shattered": (lambda n: Changed(n[0], before=lambda x: x + 0.01 * torch.sin(1e4 * x)), {"predicted change"}),
     "reversed": (lambda n: Changed(n[0], before=lambda x: 2 * x.detach() - x), {"predicted change", "ascent direction"}),
+    "quantised": (lambda n: Changed(n[0], before=lambda x: (7 * x).round() / 7), {"input gradients", "everyday attack"}),
+    "lost inside": (lambda n: nn.Sequential(*n[0][:3], Scrambled(), n[0][3]), {"gradient inside"}),
+    "cut inside": (lambda n: nn.Sequential(*n[0][:3], Table(), n[0][3]), {"gradient inside", "input gradients"}),
     "vote": (lambda n: Ensemble(n, majority_vote), {"input gradients", "transfer", "unbounded attack"}),
     "crossmax": (lambda n: Ensemble(n, crossmax), {"transfer"}),
     "not finite": (lambda n: Changed(n[0], after=lambda logits: logits + 0 * (logits * 0).abs().sqrt()), {"input gradients"}),
@@ -196,7 +206,11 @@ def test_noise_by_the_batch_is_no_dependence_on_its_images(examine: Examine, net
 
 
 def test_the_black_box_check_says_why_it_is_skipped(examine: Examine, networks: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = attacks.parse
+
     def unknown(text: str) -> Attack:
+        if not text.startswith("square"):
+            return parsed(text)
         raise UserError(f"unknown attack {text!r}")
 
     monkeypatch.setattr(attack_checks.attacks, "parse", unknown)
@@ -209,7 +223,11 @@ def test_a_stronger_black_box_is_found(examine: Examine, networks: list[nn.Modul
     def all_one_image(defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, *, examples: Tensor, seed: int) -> Tensor:
         return threat.project(x[:1].expand_as(x), x)
 
+    parsed = attacks.parse
+
     def parse(text: str) -> Attack:
+        if text == "fast":
+            return parsed(text)
         assert text == f"square,queries={attack_checks.SQUARE_QUERIES}"
         return Attack("square", 1, {}, all_one_image)
 

@@ -98,6 +98,16 @@ def black_box(e: Examination) -> Finding:
     return Finding("black-box", values, clearly_lower(black.estimate, white.estimate), meaning, ATHALYE)
 
 
+def everyday(e: Examination) -> Finding:
+    """PGD must come near what `fast` breaks, which goes by other losses, targets and gradients where the defense's own leads nowhere."""
+    if e.defense.random:
+        return skipped("everyday attack", "the defense is random, where one draw a step tells PGD little", EOT)
+    plain, strong = white_box(e), e.attack("fast", attacks.parse("fast"))
+    values = {"PGD": plain.share, "fast": strong.share}
+    meaning = "robust accuracy under PGD and under `fast`; if the latter breaks far more, the plain gradient misleads"
+    return Finding("everyday attack", values, clearly_lower(strong.estimate, plain.estimate, GAIN), meaning, PINTOR)
+
+
 def transfer(e: Examination) -> Finding:
     """What fools the predictors alone, or their mean, must not fool the defense more than attacking the defense does."""
     surrogates = _surrogates(e)

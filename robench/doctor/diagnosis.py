@@ -34,10 +34,10 @@ Progress = Callable[[str], None]
 
 CHECKS: tuple[Callable[[Examination], Finding], ...] = (
     gradient_checks.input_gradients, gradient_checks.ties, gradient_checks.saturation, gradient_checks.predicted_change,
-    gradient_checks.ascent_direction, gradient_checks.gradient_stability, gradient_checks.gradient_across_draws,
-    attack_checks.unbounded, attack_checks.falls_with_budget, attack_checks.falls_with_steps, attack_checks.averaging_draws,
-    attack_checks.optimisation, attack_checks.other_loss, attack_checks.transfer, attack_checks.surrogate, attack_checks.black_box,
-    attack_checks.tiny_budget, attack_checks.scoring,
+    gradient_checks.ascent_direction, gradient_checks.gradient_stability, gradient_checks.lost_inside,
+    gradient_checks.gradient_across_draws, attack_checks.unbounded, attack_checks.falls_with_budget, attack_checks.falls_with_steps,
+    attack_checks.averaging_draws, attack_checks.optimisation, attack_checks.other_loss, attack_checks.transfer, attack_checks.surrogate,
+    attack_checks.black_box, attack_checks.everyday, attack_checks.tiny_budget, attack_checks.scoring,
 )  # fmt: skip
 """The checks on the examples classified right, cheap ones first; those of the contract come before them."""
 
@@ -102,7 +102,7 @@ def examine(
     """Look for signs that a defense's gradients are masked; the target's modules are put in evaluation mode.
 
     The checks cost about 270 forwards and 230 backwards an image and member, twice that where the defense is random, and
-    the queries of the gradient-free attack.
+    the queries of the gradient-free attack; where it is deterministic, `fast` besides.
 
     Args:
         target: the defense.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from robench import noise
+from robench.attacks.bare import looked_at
+from robench.attacks.layers import detours
 from robench.attacks.steps import steepest
 from robench.doctor.examination import Examination
 from robench.doctor.finding import ATHALYE, CARLINI, EOT, PINTOR, Finding, share, skipped
@@ -105,6 +107,15 @@ def gradient_stability(e: Examination) -> Finding:
     values = {"median cosine": float(cosine.median())}
     meaning = "agreement of gradients 1/64 of the budget apart; near 0, the gradient is noise"
     return Finding("gradient stability", values, values["median cosine"] < ALIKE, meaning, ATHALYE)
+
+
+def lost_inside(e: Examination) -> Finding:
+    """Layers, and what is done between two, whose output changes otherwise than their gradient says."""
+    found = detours(looked_at(e.defense, e.x)[1])
+    names = {module: name for name, module in e.defense.named_modules()}
+    where = ", ".join(names.get(detour.later.layer, "?") for detour in found[:3]) + ", ..." * (len(found) > 3)
+    meaning = "places inside the networks at which the gradient vanishes or is wrong" + f": before or at {where}" * bool(found)
+    return Finding("gradient inside", {"places": float(len(found))}, bool(found), meaning, ATHALYE)
 
 
 def gradient_across_draws(e: Examination) -> Finding:
