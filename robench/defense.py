@@ -58,7 +58,7 @@ class Ensemble(Defense):
 
     def __init__(self, networks: Sequence[nn.Module], aggregator: Aggregator) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(networks)
+        self.networks = nn.ModuleList([watchable(network) for network in networks])
         self.aggregator = aggregator
         self.random = any(isinstance(network, Defense) and network.random for network in networks)
 
@@ -92,7 +92,7 @@ class Plain(Defense):
 
     def __init__(self, module: nn.Module, random: bool = False) -> None:
         super().__init__()
-        self.module = module
+        self.module = watchable(module)
         self.random = random
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
@@ -109,6 +109,24 @@ class Plain(Defense):
 
     def members(self) -> list[nn.Module]:
         return [self.module]
+
+
+class Scripted(nn.Module):
+    """A TorchScript network within a module, whose calls can be counted and watched as its own cannot."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the network's logits (B, classes) for images (B, C, H, W)."""
+        logits: Tensor = self.network(x)
+        return logits
+
+
+def watchable(network: nn.Module) -> nn.Module:
+    """Return a network that hooks can be put on: itself, or where it is TorchScript, a module around it."""
+    return Scripted(network) if isinstance(network, torch.jit.ScriptModule) else network
 
 
 def as_defense(module: nn.Module) -> Defense:

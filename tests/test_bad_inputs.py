@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from robench import attacks, console, controls, data, evaluation, leaderboard, noise
+from robench.aggregate import mean_of_logits
 from robench.data import Dataset
+from robench.defense import Ensemble
 from robench.errors import UserError
 from robench.evaluation import measure
 from robench.record import Record
@@ -190,6 +192,17 @@ def test_half_precision_inside(name: str) -> None:
 def test_a_model_in_half_precision_that_takes_no_float_images_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"^odd fails on images of shape \(12, 3, 6, 6\) of levels: RuntimeError: [^\n]*Half[^\n]*$"):
         measured(name, linear().half())
+
+
+@pytest.mark.parametrize("name", ["pgd", "fast"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_model(name: str) -> None:
+    """TorchScript takes no hooks, and hides its layers: it is attacked as the network it is."""
+    scripted = torch.jit.script(linear())
+    for model in (scripted, Ensemble([scripted], mean_of_logits)):
+        made = measured(name, model)
+        assert made.cost == measured(name, linear()).cost
+        assert is_right(made, standing())
 
 
 @every_attack

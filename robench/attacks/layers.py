@@ -127,7 +127,8 @@ def forward(defense: Defense, x: Tensor, draw: Draw | None) -> tuple[Tensor, For
         # Layers that work in place must not change what was seen.
         return tensor.clone()
 
-    with _watching({layer for layer in defense.modules() if not isinstance(layer, Defense)}, seen):
+    # What runs within TorchScript cannot be watched.
+    with _watching({layer for layer in defense.modules() if not isinstance(layer, Defense | torch.jit.ScriptModule)}, seen):
         logits = defense.predictors(x, draw)
     return logits, Forward(defense, x, draw, tuple(sights.values()))
 

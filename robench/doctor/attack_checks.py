@@ -102,9 +102,9 @@ def everyday(e: Examination) -> Finding:
     """PGD must come near what `fast` breaks, which goes by other losses, targets and gradients where the defense's own leads nowhere."""
     if e.defense.random:
         return skipped("everyday attack", "the defense is random, where one draw a step tells PGD little", EOT)
-    plain, strong = white_box(e), e.attack("fast", attacks.parse("fast"))
+    plain, strong = min((main_run(e), e.pgd(50, loss="margin")), key=lambda run: run.share), e.attack("fast", attacks.parse("fast"))
     values = {"PGD": plain.share, "fast": strong.share}
-    meaning = "robust accuracy under PGD and under `fast`; if the latter breaks far more, the plain gradient misleads"
+    meaning = "robust accuracy under PGD on the better loss and under `fast`; if the latter breaks far more, the plain gradient misleads"
     return Finding("everyday attack", values, clearly_lower(strong.estimate, plain.estimate, GAIN), meaning, PINTOR)
 
 
