@@ -352,6 +352,25 @@ def scrambled_features(networks: Networks) -> Defense:
     return _after_activations(networks[0], Scrambled)
 
 
+class SteepSoftmax(nn.Module):
+    """The softmax of a network's sharpened logits, which is flat, beside a small linear term of the image, which alone has a slope."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        weight = noise.normal(Draw(0, torch.arange(1)), "decoy/term", (x[0].numel(), logits.shape[1])).to(x)[0].sign()
+        return 5 * (20 * logits).softmax(1) + (x - 0.5).flatten(1) @ weight / len(weight)
+
+
+@decoy()
+def steep_softmax(networks: Networks) -> Defense:
+    """A flat softmax beside a small linear term, within a module that does not tell: the gradient is the term's."""
+    return Behind(SteepSoftmax(networks[0]))
+
+
 @decoy()
 def dropout(networks: Networks) -> Defense:
     """A fresh three tenths of the last layer's inputs dropped at each forward (arXiv 1803.01442)."""

@@ -12,6 +12,7 @@ from robench import attacks, losses
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
 from robench.attacks.adaptive import compositions
 from robench.attacks.ascent import Plan, ascend
+from robench.attacks.bare import Ways
 from robench.attacks.objective import evaluate_point, image_gradient
 from robench.attacks.transfer import mean_surrogate
 from robench.attacks.views import Smoothed, StraightThrough
@@ -180,7 +181,7 @@ def test_an_ascent_on_a_surrogate_that_is_fooled_goes_on() -> None:
     defense, x = Ensemble(votes, majority_vote).eval(), images()
     surrogate, y = mean_surrogate(defense), predicted(defense, x)
     margins = []
-    for composition in compositions(defense, 3, 1, THREAT, 0.0, 0, None):
+    for composition in compositions(defense, 3, 1, THREAT, 0.0, 0, Ways(None, ())):
         if composition.view is mean_surrogate:
             plan = Plan(lambda logits, y, _: losses.margin(logits, y), 30, stops=composition.stops)
             x_adv = ascend(plan, 0, surrogate, x, y, y, THREAT, x, IDS, 0)

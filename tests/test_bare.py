@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robench import attacks
 from robench.aggregate import crossmax, majority_vote, mean_of_logits
-from robench.attacks.bare import bare
+from robench.attacks.bare import ways_past
 from robench.defense import Defense, Ensemble, Plain
 from robench.noise import Draw, normal, uniform
 from robench.threat import ThreatModel
@@ -92,7 +92,7 @@ class Twice(Behind):
 @pytest.mark.parametrize("kind", HIDING)
 def test_a_hidden_gradient_is_found_and_passed_over(kind: str) -> None:
     defense = HIDING[kind]().eval()
-    found = bare(defense, X)
+    found = ways_past(defense, X).networks
     assert found is not None
     assert torch.equal(found(X), defense(X))
     point = X.clone().requires_grad_()
@@ -103,12 +103,12 @@ def test_a_hidden_gradient_is_found_and_passed_over(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", OPEN)
 def test_nothing_is_found_where_there_is_nothing_to_gain(kind: str) -> None:
-    assert bare(OPEN[kind]().eval(), X) is None
+    assert ways_past(OPEN[kind]().eval(), X).networks is None
 
 
 def test_looking_leaves_nothing_behind() -> None:
     defense, state = HIDING["a wrong gradient"]().eval(), torch.get_rng_state()
-    found = bare(defense, X)
+    found = ways_past(defense, X).networks
     assert found is not None
     found(X)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in defense.modules())

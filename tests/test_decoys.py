@@ -19,6 +19,9 @@ from robench.targets import Target
 from robench.threat import ThreatModel
 
 LINF = ThreatModel.parse("Linf:48/255")
+SEEMING = (
+    "quantised_input", "shattered", "scrambled_gradient", "jpeg", "tabulated_features", "scrambled_features", "steep_softmax",
+)  # fmt: skip
 NO_GRADIENT = ("rounded_logits", "stopped_gradient", "hard_vote", "quantised_input", "thermometer", "jpeg", "palette", "tabulated_features")
 
 
@@ -83,7 +86,9 @@ def test_decoys_without_a_gradient_have_none(name: str, networks: list[nn.Module
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("name", ["quantised_input", "shattered", "scrambled_gradient", "jpeg", "tabulated_features", "scrambled_features"])
+@pytest.mark.parametrize(
+    "name", ["quantised_input", "shattered", "scrambled_gradient", "jpeg", "tabulated_features", "scrambled_features", "steep_softmax"]
+)
 def test_a_decoy_seems_robust_and_is_not(name: str, networks: list[nn.Module], digits: Dataset) -> None:
     case = Case(name, build(name, networks), honest(networks[:1]))
     few = digits.first(20)

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from robench import attacks, zoo
 from robench.aggregate import mean_of_logits
-from robench.attacks.bare import bare
+from robench.attacks.answers import answers
+from robench.attacks.bare import ALIKE, ways_past
 from robench.attacks.layers import Detour, LedPast, Place, detours, forward
 from robench.defense import Defense, Ensemble
 from robench.noise import Draw, isolated_generator, normal, uniform
@@ -134,7 +135,7 @@ def made(kind: tuple[Callable[[Tensor], Tensor], bool]) -> tuple[TwoLayers, Defe
 @pytest.mark.parametrize("kind", LOSING)
 def test_the_gradient_led_past_what_loses_it_is_the_linear_networks(kind: str) -> None:
     network, defense = made(LOSING[kind])
-    found = bare(defense, X)
+    found = ways_past(defense, X).networks
     assert isinstance(found, LedPast)
     assert torch.equal(found(X), defense(X))
     point = X.clone().requires_grad_()
@@ -144,14 +145,14 @@ def test_the_gradient_led_past_what_loses_it_is_the_linear_networks(kind: str) -
 
 @pytest.mark.parametrize("kind", HONEST)
 def test_an_honest_step_is_left_as_it_is(kind: str) -> None:
-    assert bare(made(HONEST[kind])[1], X) is None
+    assert ways_past(made(HONEST[kind])[1], X).networks is None
 
 
 @pytest.mark.parametrize("kind", LOSING)
 def test_looking_leaves_nothing_behind(kind: str) -> None:
     (network, defense), state = made(LOSING[kind]), torch.get_rng_state()
     before = defense(X)
-    found = bare(defense, X)
+    found = ways_past(defense, X).networks
     assert found is not None
     found(X)
     assert torch.equal(defense(X), before)
@@ -193,10 +194,11 @@ def test_recording_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(zoo.entries()))
-def test_no_defense_of_the_zoo_loses_its_gradient_inside(name: str) -> None:
+def test_no_defense_of_the_zoo_loses_its_gradient_inside_or_answers_twice(name: str) -> None:
     with isolated_generator(0):
         defense = zoo.parse(name).build(Setting("digits", 10, (3, 16, 16), "smoke", 0)).defense.eval()
     x, draw = uniform(Draw(0, torch.arange(2)), "images", (3, 16, 16)), Draw(0, torch.arange(2)) if defense.random else None
-    _, seen = forward(defense, x.requires_grad_(), draw)
+    logits, seen = forward(defense, x.requires_grad_(), draw)
     assert len(seen.sights) > 10
     assert not detours(seen)
+    assert not answers(seen, logits, ALIKE)

@@ -10,6 +10,7 @@ from benchmarks.decoy_defenses import DECOYS
 from robench import attacks, data
 from robench.aggregate import majority_vote, mean_of_logits
 from robench.attacks.adaptive import compositions
+from robench.attacks.bare import Ways
 from robench.attacks.views import Declared
 from robench.data import as_float
 from robench.defense import Defense, Ensemble, Plain, as_defense
@@ -155,7 +156,9 @@ def test_a_random_defenses_surrogate_is_used_too(networks: list[nn.Module], name
 
 
 def test_a_defense_that_declares_nothing_is_attacked_as_before(networks: list[nn.Module]) -> None:
-    names = [c.name for c in compositions(as_defense(networks[0]), 1, 1, LINF, 0.1, 0, None)]
+    names = [c.name for c in compositions(as_defense(networks[0]), 1, 1, LINF, 0.1, 0, Ways(None, ()))]
     assert not [name for name in names if "declared" in name]
-    names = [c.name for c in compositions(Ensemble(networks, Substitute(majority_vote, mean_of_logits)), 3, 1, LINF, 0.1, 0, None)]
+    names = [
+        c.name for c in compositions(Ensemble(networks, Substitute(majority_vote, mean_of_logits)), 3, 1, LINF, 0.1, 0, Ways(None, ()))
+    ]
     assert [name for name in names if "declared" in name] == ["declared surrogate", "declared surrogate, mean of logits"]

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from robench.aggregate import mean_of_logits, mean_of_probabilities
 from robench.attacks.ascent import Plan, TargetedLoss, ascend
-from robench.attacks.bare import bare
+from robench.attacks.bare import Ways, ways_past
 from robench.attacks.fast import fast
 from robench.attacks.judging import judge
 from robench.attacks.momentum import FIRST_STEP, ONWARD_STEP, follow
@@ -27,7 +27,7 @@ from robench.attacks.registry import Found, register
 from robench.attacks.reweighing import SHARES, reweighed
 from robench.attacks.square import square
 from robench.attacks.transfer import mean_surrogate
-from robench.attacks.views import Declared, Smoothed, StraightThrough
+from robench.attacks.views import Declared, Smoothed, StraightThrough, instead
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.losses import cross_entropy, margin, sharp_cross_entropy, spread
@@ -101,7 +101,9 @@ def adaptive(
         best.see("fast", index, images)
     best.stages.setdefault("fast", torch.zeros_like(best.pending))
     deviation = SMOOTHING * threat.epsilon / {"Linf": 1, "L2": values**0.5, "L1": values}[threat.norm]
-    for composition in compositions(defense, best.predictors, min(targets, best.classes - 1), threat, deviation, seed, bare(defense, x)):
+    for composition in compositions(
+        defense, best.predictors, min(targets, best.classes - 1), threat, deviation, seed, ways_past(defense, x)
+    ):
         _run(composition, next(run) * max(targets, 1), defense, x, threat, best, seed, steps, draws)
     index = best.pending.nonzero()[:, 0]
     if queries and len(index):
@@ -214,7 +216,7 @@ def _member(number: int) -> Guide:
 
 
 def compositions(
-    defense: Defense, predictors: int, towards: int, threat: ThreatModel, deviation: float, seed: int, networks: Defense | None
+    defense: Defense, predictors: int, towards: int, threat: ThreatModel, deviation: float, seed: int, ways: Ways
 ) -> list[Composition]:
     """Return the compositions in the order they are run, the likeliest to break the defense first.
 
@@ -225,7 +227,7 @@ def compositions(
         threat: the threat model.
         deviation: of the noise that smooths a shattered gradient, in units of the pixel range.
         seed: the attack's seed.
-        networks: the defense with its members' gradient straight to the image, where that is another.
+        ways: to the gradient of the defense's networks, where it hides that.
     """
     direct = [Composition("prediction", _ce), Composition("prediction towards targets", _towards, targets=towards)]
     # The aggregation of one predictor may hide its gradient too, as a softmax does.
@@ -254,14 +256,22 @@ def compositions(
     if predictors > 1:
         straight.append(Composition("straight-through mean of logits", _margin, mean_of_logits, view=StraightThrough, applies=flat))
     alone = [
-        Composition("bare networks", _margin, mean_of_logits, view=lambda _defense: networks),
-        Composition("bare networks towards targets", _towards, mean_of_logits, towards, view=lambda _defense: networks),
-    ] if networks is not None else []  # fmt: skip
+        Composition("bare networks", _margin, mean_of_logits, view=instead(ways.networks)),
+        Composition("bare networks towards targets", _towards, mean_of_logits, towards, view=instead(ways.networks)),
+    ] if ways.networks is not None else []  # fmt: skip
+    within_it = [
+        composition
+        for number, answer in enumerate(ways.answers, 1)
+        for composition in (
+            Composition(f"answer within {number}", _margin, view=instead(answer), stops=False),
+            Composition(f"answer within {number} towards targets", _towards, None, towards, view=instead(answer), stops=False),
+        )
+    ]
     shattered = partial(_is_shattered, defense, threat, seed)
     smooth = Composition("smoothed prediction", _margin, view=lambda d: Smoothed(d, deviation), applies=shattered)
     onward = Composition("onward from the best", _margin, onward=True)
     first = [*inner, mean, *frozen, *direct] if defense.random else [*direct, *inner, mean]
-    return [*first, *structure, *declared, *straight, *alone, smooth, onward]
+    return [*first, *structure, *declared, *straight, *alone, *within_it, smooth, onward]
 
 
 def _gradient(defense: Defense, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:

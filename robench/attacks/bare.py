@@ -7,6 +7,7 @@ Athalye et al., arXiv 1802.00420, section 4.1).
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robench import noise
+from robench.attacks.answers import answers
 from robench.attacks.layers import Forward, LedPast, detours, forward
 from robench.attacks.objective import image_gradient
 from robench.attacks.views import View
@@ -39,32 +41,44 @@ class Bare(View):
             return self.defense.predictors(x, draw)
 
 
+@dataclass(frozen=True)
+class Ways:
+    """Other ways to the gradient of a defense's networks than its own.
+
+    Attributes:
+        networks: the defense with what hides its networks' gradient passed over; None where there is nothing to gain.
+        answers: what its layers answer before it does (`robench.attacks.answers`), where their gradient is another.
+    """
+
+    networks: View | None
+    answers: tuple[View, ...]
+
+
 @torch.enable_grad()
-def bare(defense: Defense, like: Tensor) -> View | None:
-    """Return the defense with what hides its networks' gradient passed over, or None where there is nothing to gain.
+def ways_past(defense: Defense, like: Tensor) -> Ways:
+    """Return what leads past whatever hides the gradient of a defense's networks.
 
     First inside the networks (`robench.attacks.layers`), then, if the gradient still points another way, what stands before
     the networks (`Bare`). Two images of noise of the shape of `like` (B, C, H, W) are looked at, so that it does not depend on the
     images attacked.
     """
-    own, seen = looked_at(defense, like)
+    logits, seen = looked_at(defense, like)
     x, draw, found = seen.x, seen.draw, detours(seen)
     open_inside = LedPast(defense, found) if found else None
-    if open_inside is not None:
-        own = _gradient(open_inside.predictors(x, draw), x)
+    own = _gradient(logits if open_inside is None else open_inside.predictors(x, draw), x)
     networks = Bare(open_inside or defense)
     straight = _gradient(networks.predictors(x, draw), x)
     apart = functional.cosine_similarity(own, straight, eps=1e-30) < ALIKE
-    return networks if bool((apart & (straight != 0).any(1)).any()) else open_inside
+    gained = bool((apart & (straight != 0).any(1)).any())
+    return Ways(networks if gained else open_inside, answers(seen, logits, ALIKE))
 
 
 @torch.enable_grad()
 def looked_at(defense: Defense, like: Tensor) -> tuple[Tensor, Forward]:
-    """Return the gradient (B, D) of a defense at two images of noise of the shape of `like`, and the forward it is of."""
+    """Return a defense's predictors' logits (B, N, classes) at two images of noise of the shape of `like`, and the forward they are of."""
     examples = torch.arange(PROBES, device=like.device)
     x = noise.uniform(Draw(0, examples), "bare networks", tuple(like.shape[1:])).to(like).requires_grad_()
-    logits, seen = forward(defense, x, Draw(0, examples) if defense.random else None)
-    return _gradient(logits, x), seen
+    return forward(defense, x, Draw(0, examples) if defense.random else None)
 
 
 @contextlib.contextmanager

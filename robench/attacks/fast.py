@@ -13,13 +13,13 @@ from torch import Tensor
 
 from robench.aggregate import mean_of_logits
 from robench.attacks.ascent import Plan, ascend
-from robench.attacks.bare import bare
+from robench.attacks.bare import ways_past
 from robench.attacks.fast_on_random import fast_on_random
 from robench.attacks.objective import Guide, evaluate_point, image_gradient
 from robench.attacks.registry import Found, register
 from robench.attacks.square import square
 from robench.attacks.steps import steepest
-from robench.attacks.views import Declared, StraightThrough
+from robench.attacks.views import Declared, StraightThrough, instead
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.losses import margin
@@ -31,7 +31,7 @@ TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
 ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
 """Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
 STAGES = ("margin", "mean of logits", "targets", "onward", "straight-through", "bare networks", "square")
-DECLARED = "declared surrogate"
+DECLARED, WITHIN = "declared surrogate", "answer within"
 """A stage of the defenses that declare one."""
 DUAL = {"Linf": 1.0, "L2": 2.0, "L1": float("inf")}
 MASKED = 0.1
@@ -89,8 +89,11 @@ def fast(
     if declares(defense):
         search.ascend(DECLARED, search.standing & masked, 2 * steps, view=Declared)
     search.ascend("straight-through", search.standing & masked, 2 * steps, view=StraightThrough)
-    if (networks := bare(defense, x)) is not None:
-        search.ascend("bare networks", search.standing, 2 * steps, guide=mean_of_logits, view=lambda _defense: networks)
+    ways = ways_past(defense, x)
+    if (networks := ways.networks) is not None:
+        search.ascend("bare networks", search.standing, 2 * steps, guide=mean_of_logits, view=instead(networks))
+    for answer in ways.answers:
+        search.ascend(WITHIN, search.standing, steps, view=instead(answer), stops=False)
     index = (search.standing & (masked | misled)).nonzero()[:, 0]
     if queries and len(index):
         x_adv = square(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=queries)
@@ -152,15 +155,19 @@ class _Search:
         guide: Guide | None = None,
         onward: float | None = None,
         view: Callable[[Defense], Defense] = lambda defense: defense,
+        stops: bool = True,
     ) -> None:
-        """Ascend for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first step."""
+        """Ascend for the examples that bool (B,) `held` marks, from a random start, or from their best with `onward` as first step.
+
+        An example stops at the first image that fools what is attacked; not where the view answers otherwise than the defense.
+        """
         self.runs += 1
         index = held.nonzero()[:, 0]
         if not len(index):
             return
         x, y, examples = self.x[index], self.y[index], self.examples[index]
         loss = _untargeted if target is None else _targeted
-        plan = Plan(loss, steps, guide=guide, first_step=2.0 if onward is None else onward)
+        plan = Plan(loss, steps, guide=guide, first_step=2.0 if onward is None else onward, stops=stops)
         start = self.best[index] if onward is not None else self.threat.random_start(x, examples, self.seed, f"start/fast/{self.runs}")
         goal = (self.goal if target is None else target)[index]
         x_adv = ascend(plan, self.runs, view(self.defense), x, y, goal, self.threat, start, examples, self.seed)
@@ -175,7 +182,7 @@ class _Search:
         self.best[kept], self.goal[kept] = x_adv[better], self._runner_up(logits, self.y[index])[better]
         self.margin = self.margin.index_copy(0, kept, reached[better])
         self.fooled[index[fooled]] = True
-        self.stages[name][index[fooled & better]] = True
+        self.stages.setdefault(name, torch.zeros_like(self.fooled))[index[fooled & better]] = True
 
     def lost_gradients(self) -> tuple[Tensor, Tensor]:
         """Return which standing examples have a masked gradient, and which others a misleading one: bool (B,) each.

@@ -71,7 +71,7 @@ class LedPast(View):
             # A copy goes on, since what is done to it in place would take the gradient along.
             return tensor.clone()
 
-        with _watching({place.layer for detour in self.detours for place in (detour.earlier, detour.later)}, seen):
+        with watching({place.layer for detour in self.detours for place in (detour.earlier, detour.later)}, seen):
             return self.defense.predictors(x, draw)
 
 
@@ -113,7 +113,7 @@ class Forward:
                 tensor = tensor.clone()
             return tensor
 
-        with _watching({earlier.layer, later.layer}, seen):
+        with watching({earlier.layer, later.layer}, seen):
             self.defense.predictors(self.x, self.draw)
         return found[0]
 
@@ -128,14 +128,17 @@ def forward(defense: Defense, x: Tensor, draw: Draw | None) -> tuple[Tensor, For
         return tensor.clone()
 
     # What runs within TorchScript cannot be watched.
-    with _watching({layer for layer in defense.modules() if not isinstance(layer, Defense | torch.jit.ScriptModule)}, seen):
+    with watching({layer for layer in defense.modules() if not isinstance(layer, Defense | torch.jit.ScriptModule)}, seen):
         logits = defense.predictors(x, draw)
     return logits, Forward(defense, x, draw, tuple(sights.values()))
 
 
 @contextlib.contextmanager
-def _watching(layers: set[nn.Module], seen: Callable[..., Tensor]) -> Iterator[None]:
-    """Pass what each layer is given first, and what it returns, through ``seen(place, tensor, ...)``, where it is of images or features."""
+def watching(layers: set[nn.Module], seen: Callable[..., Tensor]) -> Iterator[None]:
+    """Pass what each layer is given first, and what it returns, through ``seen(place, tensor, ...)`` inside the block.
+
+    Only tensors of images or features are; of what is given the rest comes along.
+    """
 
     def watched(tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim > 1

@@ -38,6 +38,11 @@ class View(Defense):
         return self.defense.members()
 
 
+def instead(view: Defense | None) -> Callable[[Defense], Defense]:
+    """Return what takes a view that is made already in a defense's place; the defense itself where there is none."""
+    return lambda defense: defense if view is None else view
+
+
 class StraightThrough(View):
     """The defense with a gradient through every step that has none: the identity's through rounding, signs and detached tensors,
     a sigmoid's through comparisons that are made numbers.

@@ -1,0 +1,99 @@
+"""Answers that a layer gives before the defense's own: a network that is wrapped in a module without saying so.
+
+What is done to a network's logits may hide their gradient, as a steep softmax beside a small smooth term does. A defense that tells its
+structure is attacked on its predictors' logits; of what does not, every layer that returns a value for each class is tried.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from robench.attacks.layers import Forward, Place, watching
+from robench.attacks.objective import image_gradient
+from robench.attacks.views import View
+from robench.defense import Defense, Plain
+from robench.noise import Draw
+
+MOST = 4
+"""Layers tried, the first in the forward."""
+
+
+class Within(View):
+    """A defense of which only what one layer answers is seen, as its one predictor.
+
+    Args:
+        defense: the defense.
+        place: what a layer returns, of shape (B, classes).
+    """
+
+    def __init__(self, defense: Defense, place: Place) -> None:
+        super().__init__(defense)
+        self.place = place
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return the layer's answer (B, 1, classes), with its gradient even where the defense takes none."""
+        wanted, given, found = torch.is_grad_enabled(), list[tuple[Any, ...]](), list[Tensor]()
+
+        def seen(place: Place, tensor: Tensor, *rest: Any) -> Tensor:
+            if not place.returned:
+                given.append((tensor, *rest))
+            elif not found:
+                found.append(tensor)
+                if wanted and not tensor.requires_grad:
+                    with torch.enable_grad():
+                        found[0] = self.place.layer.forward(*given[0])
+            return tensor
+
+        with watching({self.place.layer}, seen):
+            self.defense.predictors(x, draw)
+        return found[0][:, None]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        """Return the one answer: (B, 1, classes) -> (B, classes)."""
+        return logits[:, 0]
+
+
+@torch.enable_grad()
+def answers(seen: Forward, predictors: Tensor, alike: float) -> tuple[Within, ...]:
+    """Return views of the layers that answer with a value for each class and whose gradient is none of the predictors'.
+
+    Left out are the layers of a defense within this one, which tells its own structure, and those on whose answer nothing depends.
+
+    Args:
+        seen: a forward on images (B, C, H, W) that take a gradient.
+        predictors: the logits (B, N, classes) that came of it, with their graph.
+        alike: gradients of at least this cosine, for all of the images, are taken for the same.
+    """
+    shape = (predictors.shape[0], predictors.shape[2])
+    structured = [part for part in seen.defense.modules() if isinstance(part, Defense) and part is not seen.defense]
+    told = {layer for part in structured if not isinstance(part, Plain) for layer in part.modules()}
+    sights = [sight for sight in seen.sights if sight.place.returned and sight.tensor.shape == shape and sight.place.layer not in told]
+    if not (sights := [sight for sight in sights if _matters(sight.tensor, predictors)]):
+        return ()
+    known = [_gradient(predictors[:, number], seen.x) for number in range(predictors.shape[1])]
+    known.append(_gradient(predictors.float().mean(1), seen.x))
+    found = list[Within]()
+    for sight in sights:
+        within = Within(seen.defense, sight.place)
+        logits = sight.tensor if sight.tensor.requires_grad else within.predictors(seen.x, seen.draw)[:, 0]
+        gradient = _gradient(logits, seen.x)
+        same = [functional.cosine_similarity(gradient, other, eps=1e-30).amin() >= alike for other in known]
+        if bool((gradient != 0).any()) and not any(same):
+            found.append(within)
+            known.append(gradient)
+    return tuple(found[:MOST])
+
+
+def _matters(answer: Tensor, predictors: Tensor) -> bool:
+    """Say whether predictors' logits depend on a layer's answer, as far as their graph tells."""
+    if not (answer.requires_grad and predictors.requires_grad):
+        return True
+    (gradient,) = torch.autograd.grad(predictors.sum(), answer, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def _gradient(logits: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient (B, D) of the spread of logits (B, classes)."""
+    return image_gradient(logits.float().var(1), x, keep_graph=True).flatten(1)
