@@ -138,6 +138,8 @@ def measure(
         end = min(start + size, len(dataset))
         path = folder / f"{start:06d}-{end:06d}.json" if folder else None
         chunk = parts.load(path, Chunk)
+        if chunk is not None and not chunk.fits(end - start, len(dataset.classes)):
+            raise UserError(f"{path} is corrupt (its predictions do not fit {end - start} examples); delete it to measure again")
         if chunk is None:
             if stop():
                 raise OutOfTimeError(f"the evaluation stopped after {start} of {len(dataset)} examples")

@@ -29,13 +29,15 @@ def read_settings(owner: str, function: Callable[..., Any], settings: list[str],
         known: the parameters that may be set.
 
     Raises:
-        UserError: for a text without ``=``, an unknown key (naming the nearest), or a value of the wrong type.
+        UserError: for a text without ``=``, an unknown key (naming the nearest), a key that is given twice, or a value of the wrong type.
     """
     values: dict[str, Value] = {}
     for setting in settings:
         key, separator, text = (part.strip() for part in setting.partition("="))
         if not separator or key not in known:
             raise UserError(f"{owner} has no parameter {key!r}; it has {', '.join(known) or 'none'}{nearest(key, known)}")
+        if key in values:
+            raise UserError(f"{owner} is given {key!r} twice; give it once")
         values[key] = _converted(owner, key, text, inspect.signature(function).parameters[key].annotation)
     return values
 

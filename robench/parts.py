@@ -7,13 +7,16 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError
 
 from robench.errors import UserError
 from robench.files import write_atomic
 from robench.record import Provenance, Time
+
+Predictions = Annotated[list[Annotated[list[NonNegativeInt], Field(min_length=1)]], Field(min_length=1)]
+"""Classes (draws, B) by draw and example."""
 
 
 class Part(BaseModel):
@@ -32,13 +35,18 @@ class Chunk(Part):
     still counts as robust after each, where it makes a count of its own.
     """
 
-    clean: list[list[int]]
-    robust: list[list[int]]
-    forwards: int
-    backwards: int
-    seconds: float
+    clean: Predictions
+    robust: Predictions
+    forwards: NonNegativeInt
+    backwards: NonNegativeInt
+    seconds: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
     stages: dict[str, int] = Field(default_factory=dict)
     counted: dict[str, int] = Field(default_factory=dict)
+
+    def fits(self, examples: int, classes: int) -> bool:
+        """Say whether there is one prediction of each draw, and one of the data set's classes, for so many examples."""
+        rows = [*self.clean, *self.robust]
+        return len(self.clean) == len(self.robust) and all(len(row) == examples and max(row) < classes for row in rows)
 
 
 class Controls(Part):

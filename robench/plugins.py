@@ -74,7 +74,7 @@ def _guarded(origin: str, load: Callable[[], object]) -> None:
         load()
     except UserError:
         raise
-    except Exception as error:  # a stranger's code may fail in any way
+    except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
         for registry, names in before:
             for name in set(registry) - names:
                 del registry[name]

@@ -112,9 +112,21 @@ class Named:
         return parameters.written(self.entry.alias_of or self.entry.name, self.values | {EPOCHS: self.epochs})
 
     def build(self, setting: Setting) -> Specimen:
-        """Return the untrained defense and its training stages; what draws from torch's generators is seeded by the setting."""
-        with isolated_generator(setting.seed):
-            specimen = self.entry.factory(setting, **self.values)
+        """Return the untrained defense and its training stages; what draws from torch's generators is seeded by the setting.
+
+        Raises:
+            UserError: if the factory fails or returns no specimen, or nothing is trained and epochs are named.
+        """
+        try:
+            with isolated_generator(setting.seed):
+                specimen = self.entry.factory(setting, **self.values)
+        except UserError:
+            raise
+        except Exception as error:  # a stranger's code may fail in any way
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"the zoo's {self.text} cannot be built for {setting.dataset}, scale {setting.scale}: {line}") from error
+        if not isinstance(specimen, Specimen):
+            raise UserError(f"the zoo's {self.text} returns {type(specimen).__name__} and not a robench.zoo.Specimen")
         if self.epochs is None:
             return specimen
         if not specimen.stages:

@@ -349,6 +349,7 @@ def test_finetuning_never_loses_to_the_transferred_image(kind: type[Defense]) ->
         ("pgd-20,restarts=0", "restarts must be at least 1, not 0"),
         ("apgd-t,targets", "no parameter 'targets'|targets='' is not of type int"),
         ("pgd-20,steps=3", "no parameter 'steps'"),
+        ("pgd-20,restarts=2,restarts=3", "is given 'restarts' twice"),
         ("apgd-ce,rho=high", "rho='high' is not of type float"),
     ],
 )

@@ -131,6 +131,12 @@ def test_the_linear_model_is_predicted_by_its_gradient(examine: Examine, linear_
     assert diagnosis.robust_accuracy.n == diagnosis.clean_accuracy.n == 30
 
 
+@pytest.mark.parametrize("text", ["Linf:1e-7", "L2:1e-400"])
+def test_a_budget_that_rounding_loses_is_refused(examine: Examine, linear_network: nn.Module, text: str) -> None:
+    with pytest.raises(UserError, match=r"is lost in rounding; the doctor needs more$"):
+        examine(linear_network, ThreatModel.parse(text))
+
+
 # Tricks
 
 TRICKS: dict[str, tuple[Callable[[list[nn.Module]], nn.Module], set[str]]] = {

@@ -395,6 +395,25 @@ def test_a_corrupt_file_of_unfinished_work_is_an_error_of_one_line(name: str, co
         measured(NoisyLinear(), cache=tmp_path, batch_size=50)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"robust": [[1, 1]]}, {"robust": []}, {"robust": [[99] * 50]}, {"forwards": -5}, {"clean": [[-1] * 50]}], ids=str
+)
+def test_unfinished_work_that_does_not_fit_its_examples_is_corrupt(wrong: dict[str, Any], tmp_path: Path) -> None:
+    """A prediction of no class, taken for a success, would be a wrong verdict."""
+    measured(NoisyLinear(), cache=tmp_path, batch_size=50)
+    path = next(tmp_path.glob("evaluations/*/0*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(UserError, match=r"is corrupt \(.*\); delete it to measure again$"):
+        measured(NoisyLinear(), cache=tmp_path, batch_size=50)
+
+
+@pytest.mark.parametrize("returned", [None, "images"])
+def test_an_attack_that_returns_no_images_is_named(returned: object) -> None:
+    attack = attacks.Attack("odd", 1, {}, lambda *_given, **_named: returned)  # type: ignore[arg-type, return-value]
+    with pytest.raises(UserError, match=r"^attack 'odd' returns (NoneType|str); an attack returns images as a tensor, or a Found$"):
+        attack.run(Plain(linear()), torch.rand(1, 3, 6, 6), torch.zeros(1).long(), LINF, examples=torch.arange(1), seed=0)
+
+
 # Random defenses
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,7 @@ def test_the_text_names_every_parameter() -> None:
         ("robust_average,epsilon=1", "has no parameter 'epsilon'; it has k, eps, weights, backbone (did you mean 'eps'"),
         ("robust,eps=big", "eps='big' is not of type float"),
         ("robust,eps=1/0", "eps='1/0' is not of type float"),
+        ("robust,eps=1,eps=2", "is given 'eps' twice"),
         ("robust,eps=1e400", "eps='1e400' is not of type float"),
         ("robust_average,k=2.5", "k='2.5' is not of type int"),
         ("robust,eps", "has no parameter 'eps'"),
@@ -425,6 +427,23 @@ def test_a_name_taken_twice_names_both_origins(registry: dict[str, zoo.Entry]) -
         zoo.register(paper=PAPER, version=1)(some_defense)
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: 1 / 0, r"cannot be built for digits, scale smoke: ZeroDivisionError: division by zero$"),
+        (lambda: None, r"returns NoneType and not a robench.zoo.Specimen$"),
+    ],
+)
+def test_a_factory_that_makes_no_defense_is_one_line(registry: dict[str, zoo.Entry], made: Callable[[], Any], message: str) -> None:
+    @zoo.register(paper=PAPER, version=1)
+    def odd_factory(setting: Setting) -> Specimen:
+        """A factory of a stranger's."""
+        return made()  # type: ignore[no-any-return]
+
+    with pytest.raises(UserError, match=r"^the zoo's odd_factory " + message):
+        zoo.parse("odd_factory").build(Setting("digits", 10, (3, 16, 16), "smoke", 0))
+
+
 def test_an_alias_that_is_taken_registers_nothing(registry: dict[str, zoo.Entry]) -> None:
     with pytest.raises(UserError, match=r"'natural' is taken twice: by robench_zoo.strength_in_numbers \("):
         zoo.register(paper=PAPER, version=1, alias="natural")(some_defense)
@@ -464,6 +483,13 @@ def test_a_plugin_file_registers_its_defense(registry: dict[str, zoo.Entry], tmp
     assert defense(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
     assert "mine_alone" in zoo.entries()
     assert not zoo.failures()
+
+
+def test_a_plugin_file_that_ends_the_program_is_listed(registry: dict[str, zoo.Entry], tmp_path: Path) -> None:
+    path = tmp_path / "ends.py"
+    path.write_text("raise SystemExit(3)\n")
+    zoo.discover([path])
+    assert [failure.reason for failure in zoo.failures()] == ["SystemExit: 3"]
 
 
 def test_a_plugin_file_that_fails_is_listed_and_the_rest_works(registry: dict[str, zoo.Entry], tmp_path: Path) -> None:

@@ -117,7 +117,10 @@ class Attack:
         # A caller may have turned gradients off.
         with torch.enable_grad():
             found = self.function(defense, x, y, threat, examples=examples, seed=seed, **self.parameters)
-        return Found(found) if isinstance(found, Tensor) else found
+        found = Found(found) if isinstance(found, Tensor) else found
+        if not isinstance(found, Found):
+            raise UserError(f"attack {self.name!r} returns {type(found).__name__}; an attack returns images as a tensor, or a Found")
+        return replace(found, x_adv=found.x_adv.to(x.dtype)) if found.x_adv.dtype != x.dtype else found
 
 
 F = TypeVar("F", bound=AttackFunction)

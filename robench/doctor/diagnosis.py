@@ -29,6 +29,9 @@ from robench.threat import ThreatModel
 EXAMPLES = 100
 """Test examples by default: enough to tell 10 points apart, few enough to take a minute."""
 
+SMALLEST = 1e-6
+"""Budget below which a change of an image in [0, 1] is near the rounding of float32."""
+
 Verdict = Literal["likely an artefact", "not robust", "no sign of masking"]
 Progress = Callable[[str], None]
 
@@ -141,8 +144,10 @@ def check_budget(threat: ThreatModel) -> None:
     """Make sure that there is something to change.
 
     Raises:
-        UserError: for a budget of 0.
+        UserError: for a budget of 0, or one that float32 hardly tells from none.
     """
+    if threat.budget and threat.epsilon < SMALLEST:
+        raise UserError(f"the threat model {threat} allows less than {SMALLEST:g}, which is lost in rounding; the doctor needs more")
     if not threat.budget:
         raise UserError(f"the threat model {threat} leaves an attack nothing to change; the doctor needs a budget above 0")
 
