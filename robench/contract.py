@@ -1,10 +1,14 @@
 """What every defense has to keep to before any attack is run: logits that fit, that are finite, and that are each image's own."""
 
+import copy
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from robench import targets
 from robench.data import Dataset
+from robench.defense import Defense
 from robench.errors import UserError
 from robench.noise import Draw, isolated_generator
 from robench.targets import Target
@@ -85,3 +89,39 @@ def moved_by_others(target: Target, x: Tensor, draw: Draw | None, dataset: Datas
     others = x[odd].expand_as(x)
     kept = torch.cat([seen(torch.cat([x[:half], others[half:]]))[:half], seen(torch.cat([others[:half], x[half:]]))[half:]])
     return (kept - found).abs().amax(1) / found.abs().max().clamp(min=1e-12)
+
+
+def copied(defense: Defense) -> Defense | None:
+    """Return a copy of a defense as it is now; None where it holds what cannot be copied."""
+    try:
+        return copy.deepcopy(defense)
+    except Exception:  # a stranger's module may refuse in any way
+        return None
+
+
+def check_memory(target: Target, fresh: Defense | None, near: Tensor, draw: Draw | None, dataset: Dataset) -> None:
+    """Make sure that a defense answers images near those it was shown as a copy of it does that was shown none.
+
+    Weights and buffers are compared elsewhere (`targets.check_settled`); this finds what is kept beside them.
+
+    Args:
+        target: in evaluation mode, after it was shown images of the data set.
+        fresh: a copy from before; None checks nothing.
+        near: images (B, C, H, W) within the budget of the images that it was shown.
+        draw: for them, of a random defense.
+        dataset: whose images they are.
+
+    Raises:
+        UserError: if the answers differ, or as `logits` does.
+    """
+    if fresh is None:
+        return
+    with isolated_generator(0, near.device):
+        found = logits(target, near, draw, dataset)
+    with isolated_generator(0, near.device):
+        other = logits(replace(target, defense=fresh), near, draw, dataset)
+    if float((found - other).abs().max()) > MOVED * float(other.abs().max()):
+        raise UserError(
+            f"{target.name} answers images near those it was shown otherwise than a copy of it that was shown none, "
+            "so that no two answers are of the same model"
+        )

@@ -106,20 +106,21 @@ def measure(
 
     Raises:
         OutOfTimeError: if `stop` ended the evaluation; with a cache, the next one goes on from there.
-        UserError: for a model that does not fit the data set, returns what is not finite or lets the images of a batch decide on each
-            other, an attack that leaves the threat model, or an unwritable cache.
+        UserError: for a model that does not fit the data set, returns what is not finite, lets the images of a batch decide on each
+            other or remembers what it was shown, an attack that leaves the threat model, or an unwritable cache.
     """
     defense = target.defense.to(device).eval()
     if precision is None or "batch_size" in attack.parameters:
         reduced = torch.device(device).type == "cuda" and "batch_size" not in attack.parameters
         precision = "bfloat16" if reduced else "float32"
     size = int(attack.parameters.get("batch_size") or batch_size or BATCH_SIZE[torch.device(device).type])
-    state = state_hash(defense)
+    state, fresh = state_hash(defense), contract.copied(defense)
     targets.check_settled(target, state)
     data.check_labels(dataset.labels, len(dataset.classes))
     first = as_float(dataset.images[: contract.TRIED]).to(device)
     draw = Draw(seed, torch.arange(len(first), device=device)) if defense.random else None
     logits = contract.honest_logits(target, first, draw, dataset)
+    contract.check_memory(target, fresh, threat.random_start(first, torch.arange(len(first), device=device), seed, "memory"), draw, dataset)
     behaviour = attacked_hash(defense, first, logits, seed)
     made_by = record.provenance(device)
     started, given = time.monotonic(), attack

@@ -197,9 +197,9 @@ class Counting(nn.Module):
         return logits
 
 
-LOOKED_AT = 9 * 16
-"""Images by which each process knows the model: for its logits twice, four times in other company, for its predictors' logits, and for
-the gradients of both."""
+LOOKED_AT = 10 * 16
+"""Images by which each process knows the model: for its logits twice, four times in other company, once near them, for its predictors'
+logits, and for the gradients of both."""
 
 
 def stop_after(chunks: int) -> Callable[[str], None]:

@@ -70,6 +70,8 @@ def answers(seen: Forward, predictors: Tensor, alike: float) -> tuple[Within, ..
     structured = [part for part in seen.defense.modules() if isinstance(part, Defense) and part is not seen.defense]
     told = {layer for part in structured if not isinstance(part, Plain) for layer in part.modules()}
     sights = [sight for sight in seen.sights if sight.place.returned and sight.tensor.shape == shape and sight.place.layer not in told]
+    # First what needs no backward pass: a network's last layer answers as the predictor that the network is.
+    sights = [sight for sight in sights if not any(torch.equal(sight.tensor, logits) for logits in predictors.unbind(1))]
     if not (sights := [sight for sight in sights if _matters(sight.tensor, predictors)]):
         return ()
     known = [_gradient(predictors[:, number], seen.x) for number in range(predictors.shape[1])]
