@@ -102,3 +102,19 @@ def test_what_is_made_of_a_linear_networks_answer_adds_nothing(wrapped: type[Wra
     assert threat.violation(found.x_adv, X) is None
     assert not (within & (defense(found.x_adv).argmax(1) == y)).any()
     assert found.stages["fast" if name.startswith("adaptive") else "answer within"].any()
+
+
+class Sometimes(Wrapped):
+    """A flat softmax beside a small term, of a network that is asked of pairs of images alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(x) if len(x) != 2 else (200 * self.network(x)).softmax(1) + 1e-4 * self.other(x)
+
+
+def test_a_layer_that_does_not_answer_for_every_image_ends_no_attack() -> None:
+    defense = Plain(Sometimes()).eval()
+    views = ways_past(defense, X).answers
+    assert views
+    assert all(view.predictors(X).shape == (COUNT, 1, CLASSES) for view in views)
+    y = defense(X).argmax(1)
+    attacks.parse("fast,queries=1").run(defense, X, y, ThreatModel.parse("Linf:0.1"), examples=torch.arange(COUNT), seed=0)

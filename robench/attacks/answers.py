@@ -41,14 +41,16 @@ class Within(View):
                 given.append((tensor, *rest))
             elif not found:
                 found.append(tensor)
-                if wanted and not tensor.requires_grad:
+                if wanted and given and not tensor.requires_grad:
                     with torch.enable_grad():
                         found[0] = self.place.layer.forward(*given[0])
             return tensor
 
         with watching({self.place.layer}, seen):
-            self.defense.predictors(x, draw)
-        return found[0][:, None]
+            own = self.defense.predictors(x, draw)
+        # A layer that is not asked for every image, or answers for others, is no answer to these.
+        fits = bool(found) and found[0].shape == (len(x), own.shape[2])
+        return found[0][:, None] if fits else own.mean(1, keepdim=True)
 
     def aggregate(self, logits: Tensor) -> Tensor:
         """Return the one answer: (B, 1, classes) -> (B, classes)."""
@@ -71,7 +73,7 @@ def answers(seen: Forward, predictors: Tensor, alike: float) -> tuple[Within, ..
     told = {layer for part in structured if not isinstance(part, Plain) for layer in part.modules()}
     sights = [sight for sight in seen.sights if sight.place.returned and sight.tensor.shape == shape and sight.place.layer not in told]
     # First what needs no backward pass: a network's last layer answers as the predictor that the network is.
-    sights = [sight for sight in sights if not any(torch.equal(sight.tensor, logits) for logits in predictors.unbind(1))]
+    sights = [sight for sight in sights if not any(bool((sight.tensor == own).all()) for own in predictors.unbind(1))]
     if not (sights := [sight for sight in sights if _matters(sight.tensor, predictors)]):
         return ()
     known = [_gradient(predictors[:, number], seen.x) for number in range(predictors.shape[1])]
