@@ -1,12 +1,11 @@
 """What every defense has to keep to before any attack is run: logits that fit, that are finite, and that are each image's own."""
 
 import copy
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from robench import targets
+from robench import noise, targets
 from robench.data import Dataset
 from robench.defense import Defense
 from robench.errors import UserError
@@ -91,15 +90,30 @@ def moved_by_others(target: Target, x: Tensor, draw: Draw | None, dataset: Datas
     return (kept - found).abs().amax(1) / found.abs().max().clamp(min=1e-12)
 
 
-def copied(defense: Defense) -> Defense | None:
-    """Return a copy of a defense as it is now; None where it holds what cannot be copied."""
+def copied(defense: Defense, like: Tensor) -> Defense | None:
+    """Return a copy of a defense that answers as it does; None where there is none, as of one whose hooks speak to the original.
+
+    Both are shown the same images of noise, of the shape of `like` (B, C, H, W).
+    """
+    examples = torch.arange(2, device=like.device)
+    x = noise.uniform(Draw(0, examples), "copies", tuple(like.shape[1:])).to(like)
     try:
-        return copy.deepcopy(defense)
+        other = copy.deepcopy(defense)
+        own, its = (_held(model, x, Draw(0, examples) if defense.random else None) for model in (defense, other))
+        return other if torch.equal(own, its) else None
     except Exception:  # a stranger's module may refuse in any way
         return None
 
 
-def check_memory(target: Target, fresh: Defense | None, near: Tensor, draw: Draw | None, dataset: Dataset) -> None:
+@torch.no_grad()
+def _held(defense: Defense, x: Tensor, draw: Draw | None) -> Tensor:
+    """Return logits with a library's noise held."""
+    with isolated_generator(0, x.device):
+        logits: Tensor = defense(x, draw)
+    return logits
+
+
+def check_memory(target: Target, fresh: Defense | None, near: Tensor, draw: Draw | None) -> None:
     """Make sure that a defense answers images near those it was shown as a copy of it does that was shown none.
 
     Weights and buffers are compared elsewhere (`targets.check_settled`); this finds what is kept beside them.
@@ -109,17 +123,13 @@ def check_memory(target: Target, fresh: Defense | None, near: Tensor, draw: Draw
         fresh: a copy from before; None checks nothing.
         near: images (B, C, H, W) within the budget of the images that it was shown.
         draw: for them, of a random defense.
-        dataset: whose images they are.
 
     Raises:
-        UserError: if the answers differ, or as `logits` does.
+        UserError: if the answers differ.
     """
     if fresh is None:
         return
-    with isolated_generator(0, near.device):
-        found = logits(target, near, draw, dataset)
-    with isolated_generator(0, near.device):
-        other = logits(replace(target, defense=fresh), near, draw, dataset)
+    found, other = (_held(defense, near, draw).float() for defense in (target.defense, fresh))
     if float((found - other).abs().max()) > MOVED * float(other.abs().max()):
         raise UserError(
             f"{target.name} answers images near those it was shown otherwise than a copy of it that was shown none, "

@@ -114,13 +114,15 @@ def measure(
         reduced = torch.device(device).type == "cuda" and "batch_size" not in attack.parameters
         precision = "bfloat16" if reduced else "float32"
     size = int(attack.parameters.get("batch_size") or batch_size or BATCH_SIZE[torch.device(device).type])
-    state, fresh = state_hash(defense), contract.copied(defense)
+    state = state_hash(defense)
     targets.check_settled(target, state)
     data.check_labels(dataset.labels, len(dataset.classes))
     first = as_float(dataset.images[: contract.TRIED]).to(device)
     draw = Draw(seed, torch.arange(len(first), device=device)) if defense.random else None
+    fresh = contract.copied(defense, first)
     logits = contract.honest_logits(target, first, draw, dataset)
-    contract.check_memory(target, fresh, threat.random_start(first, torch.arange(len(first), device=device), seed, "memory"), draw, dataset)
+    contract.check_memory(target, fresh, threat.random_start(first, torch.arange(len(first), device=device), seed, "memory"), draw)
+    del fresh
     behaviour = attacked_hash(defense, first, logits, seed)
     made_by = record.provenance(device)
     started, given = time.monotonic(), attack

@@ -100,10 +100,24 @@ class Remembering(nn.Module):
         answers = []
         for image, own in zip(x, logits, strict=True):
             known = [answer for other, answer in self.seen if float((other - image).abs().max()) < 0.03]
-            if not known and len(self.seen) < 12:
+            if not known and len(self.seen) < 20:
                 self.seen.append((image.detach(), own.detach()))
             answers.append(own if not known else known[0] + own - own.detach())
         return torch.stack(answers)
+
+
+class Hooked(nn.Module):
+    """Keeps its features by a hook on itself, so that a copy's hook keeps them where the copy does not look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.inner, self.features = nn.Flatten(), linear()[1], torch.empty(0)
+        self.flat.register_forward_hook(lambda _layer, _given, output: setattr(self, "features", output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.flat(x)
+        logits: Tensor = self.inner(self.features)
+        return logits
 
 
 class Stuck(nn.Module):
@@ -250,6 +264,11 @@ def test_a_model_whose_logits_carry_no_gradient(name: str) -> None:
 @every_attack
 def test_an_honest_model_is_not_said_to_lack_a_gradient(name: str) -> None:
     assert controls.failures(measured(name, linear())) == ()
+
+
+@every_attack
+def test_a_model_that_cannot_be_copied_is_attacked(name: str) -> None:
+    assert is_right(measured(name, Hooked()), standing())
 
 
 def test_a_model_that_remembers_what_it_was_shown_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.decoy_defenses import Scrambled
 from robench import attacks, zoo
 from robench.aggregate import mean_of_logits
 from robench.attacks.answers import answers
@@ -20,22 +21,6 @@ from robench.zoo import Setting
 
 CLASSES, SHAPE, COUNT, FEATURES = 4, (1, 5, 5), 16, 30
 X = 0.1 + 0.8 * uniform(Draw(0, torch.arange(COUNT)), "images", SHAPE)
-
-
-class Reversed(torch.autograd.Function):
-    """The identity, whose gradient comes back with the wrong sign."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(_ctx: object, gradient: Tensor) -> Tensor:
-        return -gradient
 
 
 class Step(nn.Module):
@@ -91,8 +76,8 @@ def in_place(x: Tensor) -> Tensor:
 LOSING: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "a table, in a layer": (tabulated, True),
     "a table, between layers": (tabulated, False),
-    "a wrong gradient, in a layer": (Reversed.apply, True),
-    "a wrong gradient, between layers": (Reversed.apply, False),
+    "a wrong gradient, in a layer": (Scrambled().forward, True),
+    "a wrong gradient, between layers": (Scrambled().forward, False),
     "a hook, in a layer": (reversed_by_a_hook, True),
     "rounding in place, in a layer": (in_place, True),
     "a detached tensor, between layers": (lambda x: x.detach(), False),

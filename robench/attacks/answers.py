@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from robench.attacks.layers import Forward, Place, watching
-from robench.attacks.objective import image_gradient
+from robench.attacks.objective import spread_gradient
 from robench.attacks.views import View
 from robench.defense import Defense, Plain
 from robench.noise import Draw
@@ -76,13 +76,12 @@ def answers(seen: Forward, predictors: Tensor, alike: float) -> tuple[Within, ..
     sights = [sight for sight in sights if not any(bool((sight.tensor == own).all()) for own in predictors.unbind(1))]
     if not (sights := [sight for sight in sights if _matters(sight.tensor, predictors)]):
         return ()
-    known = [_gradient(predictors[:, number], seen.x) for number in range(predictors.shape[1])]
-    known.append(_gradient(predictors.float().mean(1), seen.x))
+    known = [spread_gradient(logits, seen.x) for logits in (*predictors.unbind(1), predictors.float().mean(1))]
     found = list[Within]()
     for sight in sights:
         within = Within(seen.defense, sight.place)
         logits = sight.tensor if sight.tensor.requires_grad else within.predictors(seen.x, seen.draw)[:, 0]
-        gradient = _gradient(logits, seen.x)
+        gradient = spread_gradient(logits, seen.x)
         same = [functional.cosine_similarity(gradient, other, eps=1e-30).amin() >= alike for other in known]
         if bool((gradient != 0).any()) and not any(same):
             found.append(within)
@@ -96,8 +95,3 @@ def _matters(answer: Tensor, predictors: Tensor) -> bool:
         return True
     (gradient,) = torch.autograd.grad(predictors.sum(), answer, retain_graph=True, allow_unused=True)
     return gradient is not None
-
-
-def _gradient(logits: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient (B, D) of the spread of logits (B, classes)."""
-    return image_gradient(logits.float().var(1), x, keep_graph=True).flatten(1)

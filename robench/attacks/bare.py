@@ -17,7 +17,7 @@ from torch.nn import functional
 from robench import noise
 from robench.attacks.answers import answers
 from robench.attacks.layers import Forward, LedPast, detours, forward
-from robench.attacks.objective import image_gradient
+from robench.attacks.objective import spread_gradient
 from robench.attacks.views import View
 from robench.defense import Defense
 from robench.noise import Draw
@@ -65,9 +65,9 @@ def ways_past(defense: Defense, like: Tensor) -> Ways:
     logits, seen = looked_at(defense, like)
     x, draw, found = seen.x, seen.draw, detours(seen)
     open_inside = LedPast(defense, found) if found else None
-    own = _gradient(logits if open_inside is None else open_inside.predictors(x, draw), x)
+    own = spread_gradient((logits if open_inside is None else open_inside.predictors(x, draw)).float().mean(1), x)
     networks = Bare(open_inside or defense)
-    straight = _gradient(networks.predictors(x, draw), x)
+    straight = spread_gradient(networks.predictors(x, draw).float().mean(1), x)
     apart = functional.cosine_similarity(own, straight, eps=1e-30) < ALIKE
     gained = bool((apart & (straight != 0).any(1)).any())
     return Ways(networks if gained else open_inside, answers(seen, logits, ALIKE))
@@ -96,8 +96,3 @@ def _straight_to(x: Tensor, members: list[nn.Module]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _gradient(predictors: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient (B, D) of the spread over the classes of the mean of the predictors' logits."""
-    return image_gradient(predictors.float().mean(1).var(1), x, keep_graph=True).flatten(1)

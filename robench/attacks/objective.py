@@ -120,6 +120,11 @@ def image_gradient(each: Tensor, point: Tensor, *, keep_graph: bool = False, as_
     return gradient.detach() if as_is else gradient.detach().nan_to_num(0, 0, 0)
 
 
+def spread_gradient(logits: Tensor, point: Tensor) -> Tensor:
+    """Return the gradient (B, D) of the spread over the classes of logits (B, classes) in the images `point`; their graph is kept."""
+    return image_gradient(logits.float().var(1), point, keep_graph=True).flatten(1)
+
+
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Let no parameter take a gradient inside the block: a backward pass would spend time on it, and may leave it there."""

@@ -38,9 +38,9 @@ class View(Defense):
         return self.defense.members()
 
 
-def instead(view: Defense | None) -> Callable[[Defense], Defense]:
-    """Return what takes a view that is made already in a defense's place; the defense itself where there is none."""
-    return lambda defense: defense if view is None else view
+def instead(view: Defense) -> Callable[[Defense], Defense]:
+    """Return what takes a view that is made already in a defense's place."""
+    return lambda _defense: view
 
 
 class StraightThrough(View):
