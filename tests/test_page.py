@@ -26,6 +26,7 @@ class Reader(HTMLParser):
         self.tags: list[str] = []
         self._inside = ""
         self.feed(page)
+        self.rows = [[" ".join(cell.split()) for cell in row] for row in self.rows]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -36,6 +37,8 @@ class Reader(HTMLParser):
         elif tag in ("td", "th") and self._inside:
             self._inside = "cell"
             self.rows[-1].append("")
+        elif self._inside == "cell" and tag != "wbr":
+            self.rows[-1][-1] += " "
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th") and self._inside:
@@ -43,7 +46,7 @@ class Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._inside == "cell":
-            self.rows[-1][-1] = f"{self.rows[-1][-1]} {data}".strip()
+            self.rows[-1][-1] += data
 
 
 @pytest.fixture
