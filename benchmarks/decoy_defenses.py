@@ -193,6 +193,24 @@ def shattered(networks: Networks) -> Defense:
     return Behind(networks[0], before=lambda x, _draw: x + 0.01 * torch.sin(1e4 * x))
 
 
+class Rippled(nn.Module):
+    """A network that adds a ripple to its images, without a word and without a layer for it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x + 0.0075 * torch.sin(400 * x))
+        return logits
+
+
+@decoy()
+def coarse_ripple(networks: Networks) -> Defense:
+    """A ripple of period 4/255 and slope 3: a gradient that holds nearby, and turns within the budget."""
+    return honest([Rippled(networks[0])])
+
+
 class _Scrambled(torch.autograd.Function):
     """The identity; its gradient comes back half an image, or half the features, away."""
 

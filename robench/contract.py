@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robench import noise, targets
 from robench.data import Dataset
-from robench.defense import Defense
+from robench.defense import Defense, Plain
 from robench.errors import UserError
 from robench.noise import Draw, isolated_generator
 from robench.targets import Target
@@ -33,6 +33,7 @@ def honest_logits(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset
             defense, or depend on the other images in the batch.
     """
     found = logits(target, x, draw, dataset)
+    without_gradients(target, x, draw)
     if draw is None and not torch.equal(found, logits(target, x, None, dataset)):
         raise UserError(f"{target.name} gives different logits for the same images; declare it random (Defense.random or Plain)")
     if (moved := float(moved_by_others(target, x, draw, dataset).amax())) > MOVED:
@@ -51,14 +52,42 @@ def logits(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Te
         UserError: if the model fails, or its logits do not fit the data set or are not finite.
     """
     try:
-        found: Tensor = target.defense(x, draw)
+        found: Tensor = target.defense(given := x.clone(), draw)
     except Exception as error:  # a stranger's code may fail in any way
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{target.name} fails on images of shape {tuple(x.shape)} of {dataset.name}: {line}") from error
     targets.check_classes(target, tuple(found.shape), dataset)
+    if not torch.equal(given, x):
+        raise UserError(f"{target.name} writes into the images that it is given; it has to work on a copy of them")
     if not bool(torch.isfinite(found).all()):
         raise UserError(f"{target.name} returns logits that are not finite (NaN or infinity) on clean images of {dataset.name}")
     return found.float()
+
+
+@torch.enable_grad()
+def without_gradients(target: Target, x: Tensor, draw: Draw | None) -> None:
+    """Have a module's images take no gradient from now on where it fails on those that do, as one that leaves torch does.
+
+    It is then attacked as what has no gradient.
+
+    Args:
+        target: in evaluation mode, which answers images that take no gradient.
+        x: images (B, C, H, W).
+        draw: for them, of a random defense.
+
+    Raises:
+        UserError: if a defense that tells its structure fails on them.
+    """
+    try:
+        with isolated_generator(0, x.device):
+            target.defense(x.clone().requires_grad_(), draw)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a stranger's code may fail in any way
+        if not isinstance(target.defense, Plain):
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"{target.name} fails on images that take a gradient: {line}; it may detach them itself") from error
+        target.defense.takes_gradients = False
 
 
 def moved_by_others(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Tensor:

@@ -88,7 +88,12 @@ class Plain(Defense):
 
     `aggregate` is the identity on the one predictor, whatever the module does inside. A random one draws from torch's global
     generators, which are seeded for its forward from the draw and restored after it.
+
+    Attributes:
+        takes_gradients: whether the module may be given images that take a gradient; one that refuses them is given copies that do not.
     """
+
+    takes_gradients: bool = True
 
     def __init__(self, module: nn.Module, random: bool = False) -> None:
         super().__init__()
@@ -96,6 +101,8 @@ class Plain(Defense):
         self.random = random
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        if not self.takes_gradients:
+            x = x.detach()
         if not self.random or draw is None:
             logits: Tensor = self.module(x)
         else:

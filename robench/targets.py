@@ -119,6 +119,7 @@ def trained(
             for stage in stages:
                 training.place(defense.get_submodule(stage.module), device)
         else:
+            check_classes(Target(defense, named.text), tuple(fingerprint.reference_logits(defense, split).shape), split)
             history = training.train(
                 defense, stages, split, folder=folder / "training", version=entry.version, device=device, anew=anew, progress=progress,
                 stop=stop,

@@ -14,6 +14,7 @@ from robench.attacks.adaptive import compositions
 from robench.attacks.ascent import Plan, ascend
 from robench.attacks.bare import Ways
 from robench.attacks.objective import evaluate_point, image_gradient
+from robench.attacks.shattered import turns_away
 from robench.attacks.transfer import mean_surrogate
 from robench.attacks.views import Smoothed, StraightThrough
 from robench.cost import counted
@@ -119,6 +120,7 @@ MASKED: dict[str, Callable[[], nn.Module]] = {
     "saturated logits": lambda: Wrapped(after=lambda z: 1e4 * z),
     "rounded logits": lambda: Wrapped(after=lambda z: torch.round(4 * z) / 4),
     "quantised images": lambda: Wrapped(before=lambda x: torch.round(8 * x) / 8),
+    "whole numbers": lambda: Wrapped(before=lambda x: (8 * x + 0.5).to(torch.uint8).float() / 8),
     "thermometer code": lambda: Wrapped(before=lambda x: (x[..., None] > torch.linspace(0.05, 0.95, 10)).float().mean(-1)),
     "detached images": lambda: Wrapped(before=lambda x: x.detach()),
     "ripples": Ripples,
@@ -158,8 +160,8 @@ def test_an_honest_model_pays_for_no_view_it_does_not_need() -> None:
     # After fast: prediction, three targets, onward: ascents of 6 forwards and a judgement each. The rest decides,
     # on two images of noise too.
     assert not any(bool(first.any()) for first in found.stages.values())
-    assert cost.forwards - first.forwards <= len(x) * (1 + 5 * 7 + 4 + 2 + 6) + 6
-    assert cost.backwards - first.backwards <= len(x) * (5 * 5 + 4) + 4
+    assert cost.forwards - first.forwards <= len(x) * (1 + 5 * 7 + 5 + 2 + 6) + 6
+    assert cost.backwards - first.backwards <= len(x) * (5 * 5 + 5) + 4
 
 
 def test_adaptive_looks_behind_nested_aggregations_where_there_are_some() -> None:
@@ -229,16 +231,16 @@ def test_two_classes_are_enough_and_one_is_refused(name: str) -> None:
 
 
 def test_fast_spends_little_on_what_cannot_fall() -> None:
-    """Far out of reach: the first ascent and one towards the nearest target, or less."""
+    """Far out of reach: the first ascent and one towards the nearest target, or less, and three looks at the gradient."""
     defense, x = as_defense(Network(0)), images()
     y = predicted(defense.eval(), x)
     with counted(defense) as cost:
         found = run("fast", defense, x, y, ThreatModel.parse("Linf:0.0001"))
     assert (predicted(defense, found.x_adv) == y).all()
-    assert cost.forwards <= len(x) * (1 + 22 + 1 + 1 + 12)
+    assert cost.forwards <= len(x) * (1 + 22 + 1 + 1 + 12 + 3)
 
 
-@pytest.mark.parametrize("kind", ["quantised images", "detached images", "thermometer code"])
+@pytest.mark.parametrize("kind", ["quantised images", "whole numbers", "detached images", "thermometer code"])
 def test_fast_goes_straight_through_where_there_is_no_gradient(kind: str) -> None:
     defense, x = as_defense(MASKED[kind]()), images()
     y = predicted(defense.eval(), x)
@@ -330,6 +332,16 @@ def test_straight_through_survives_what_a_defense_does_with_its_tensors(kind: st
     assert THREAT.violation(found.x_adv, x) is None
 
 
+@pytest.mark.parametrize("cast", [torch.Tensor.int, torch.Tensor.long, torch.Tensor.byte, lambda x: x.to(torch.int16)])
+def test_straight_through_goes_through_whole_numbers(cast: Callable[[Tensor], Tensor]) -> None:
+    x = images().requires_grad_()
+    whole = StraightThrough(as_defense(Wrapped(before=lambda at: cast(4 * at).double().float())))
+    rounded = StraightThrough(as_defense(Wrapped(before=lambda at: torch.trunc(4 * at))))
+    gradients = [torch.autograd.grad(view(x)[:, 0].sum(), x)[0] for view in (whole, rounded)]
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients)
+
+
 def test_straight_through_is_the_identitys_gradient_and_ends_with_the_pass() -> None:
     x = images().requires_grad_()
     plain, rounded = as_defense(Network(0)), as_defense(Wrapped(before=torch.round))
@@ -353,6 +365,51 @@ def test_a_smoothed_gradient_is_the_wider_landscapes() -> None:
     own, smoothed = gradient(rippled), gradient(Smoothed(rippled, 0.02), draws=2000)
     assert float(functional.cosine_similarity(own, true).abs().mean()) < 0.2
     assert float(functional.cosine_similarity(smoothed, true).mean()) > 2 * float(functional.cosine_similarity(own, true).abs().mean())
+
+
+class Rippled(nn.Module):
+    """A linear classifier of two classes behind a ripple, of which the worst images are known: its period is half the budget."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        weight = normal(Draw(5, torch.tensor([0])), "linear", (108,))[0] / 108
+        self.weight = nn.Parameter(torch.stack([weight, -weight]))
+        self.height, self.frequency = slope / 160, 160.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x + self.height * torch.sin(self.frequency * x)
+        return (seen - 0.5).flatten(1) @ self.weight.T
+
+
+COARSE = ThreatModel.parse("Linf:0.08")
+
+
+def nearest(model: Rippled) -> tuple[Tensor, Tensor]:
+    """Return the 12 images (B, C, H, W) of many that lie nearest to the border, and their labels."""
+    x = 0.1 + 0.8 * uniform(Draw(2, torch.arange(200)), "images", SHAPE)
+    logits = model(x).detach()
+    index = (logits[:, 0] - logits[:, 1]).abs().argsort()[:12]
+    return x[index], logits[index].argmax(1)
+
+
+@pytest.mark.parametrize(("slope", "turned"), [(0.0, 0), (0.1, 0), (3.0, 12), (10.0, 12)])
+def test_a_gradient_turns_away_where_a_ripple_is_steep(slope: float, turned: int) -> None:
+    model = Rippled(slope)
+    found = turns_away(as_defense(model).eval(), COARSE, 0, *nearest(model), IDS)
+    assert int(found.sum()) == turned
+
+
+def test_no_random_defense_is_said_to_turn_its_gradient() -> None:
+    assert not turns_away(Noisy().eval(), THREAT, 0, images(), torch.zeros_like(IDS), IDS).any()
+
+
+@pytest.mark.parametrize("name", ["fast,queries=1", "adaptive,queries=1"])
+@pytest.mark.parametrize("slope", [3.0, 10.0])
+def test_a_ripple_as_wide_as_the_budget_hides_nothing(name: str, slope: float) -> None:
+    """All fall within half the budget without the ripple, which is no higher than that half."""
+    model = Rippled(slope)
+    defense, (x, y) = as_defense(model).eval(), nearest(model)
+    assert (predicted(defense, run(name, defense, x, y, COARSE).x_adv) != y).all()
 
 
 def test_smoothing_averages_over_its_draws() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from robench import contract, data, noise, targets
 from robench.aggregate import crossmax, mean_of_logits
-from robench.attacks import Attack
+from robench.attacks import Attack, parse
 from robench.cli import main
 from robench.data import Dataset, as_float
 from robench.defense import Defense, Ensemble, Plain
@@ -156,7 +156,7 @@ def test_the_check_costs_a_few_passes_of_a_few_images(digits: Dataset) -> None:
     module, seen = Changed(), list[int]()
     module.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
     contract.honest_logits(targets.of_module(module), as_float(digits.images[: contract.TRIED]), None, digits)
-    assert seen == [16] * 6
+    assert seen == [16] * 7
 
 
 MODELS = """
@@ -170,6 +170,56 @@ class Mixing(nn.Module):
     def forward(self, x):
         return self.network(x - x.mean(0))
 """
+
+
+class Writing(nn.Module):
+    """Works on the images it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(0.1).flatten(1)[:, :10]
+
+
+def test_what_writes_into_its_images_is_refused(digits: Dataset) -> None:
+    with pytest.raises(UserError, match=r"^model writes into the images that it is given; it has to work on a copy of them$"):
+        measure(targets.of_module(Writing(), "model"), digits.first(3), LINF, Attack("refusing", 1, {}, refusing))
+
+
+class Outside(nn.Module):
+    """A linear classifier outside torch, which takes no image that takes a gradient."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.from_numpy(x.numpy()))
+
+
+@pytest.mark.parametrize("name", ["fast", "adaptive,queries=300", "autoattack,queries=300,steps=5", "pgd-5"])
+def test_what_fails_on_images_that_take_a_gradient_is_attacked_without(name: str, digits: Dataset, linear_network: nn.Module) -> None:
+    few, threat = digits.first(20), ThreatModel.parse("Linf:64/255")
+    torch_own, outside = (
+        measure(targets.of_module(m, "model"), few, threat, parse(name)) for m in (linear_network, Outside(linear_network))
+    )
+    assert torch_own.robust_accuracy.value == 0
+    assert outside.clean_accuracy == torch_own.clean_accuracy
+    assert outside.cost.backwards == 0
+    assert (outside.robust_accuracy.value < 0.3) == (name != "pgd-5")
+
+
+class Refusing(Ensemble):
+    """A defense that tells its structure and refuses images that take a gradient."""
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        if x.requires_grad:
+            raise ValueError("for inference\nonly")
+        return super().predictors(x, draw)
+
+
+def test_a_defense_that_fails_on_images_that_take_a_gradient_is_refused(digits: Dataset, linear_network: nn.Module) -> None:
+    defense = Refusing([linear_network], mean_of_logits)
+    with pytest.raises(UserError, match=r"^model fails on images that take a gradient: ValueError: for inference; it may detach[^\n]*$"):
+        measure(targets.of_module(defense, "model"), digits.first(3), LINF, Attack("refusing", 1, {}, refusing))
 
 
 def test_the_command_ends_with_2_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,9 +86,7 @@ def test_decoys_without_a_gradient_have_none(name: str, networks: list[nn.Module
         assert not gradient.any()
 
 
-@pytest.mark.parametrize(
-    "name", ["quantised_input", "shattered", "scrambled_gradient", "jpeg", "tabulated_features", "scrambled_features", "steep_softmax"]
-)
+@pytest.mark.parametrize("name", SEEMING)
 def test_a_decoy_seems_robust_and_is_not(name: str, networks: list[nn.Module], digits: Dataset) -> None:
     case = Case(name, build(name, networks), honest(networks[:1]))
     few = digits.first(20)

@@ -28,6 +28,10 @@ def rounded(x: Tensor) -> Tensor:
     return (8 * x).long().to(x.dtype) / 8
 
 
+def looked_up(x: Tensor) -> Tensor:
+    return (torch.arange(9, dtype=x.dtype) / 8)[(8 * x).long()]
+
+
 def gradient(module: nn.Module, x: Tensor) -> Tensor:
     point = x.clone().requires_grad_()
     out = module(point)
@@ -130,7 +134,7 @@ class Noisy(Defense):
 
     def __init__(self, network: nn.Module, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
         super().__init__()
-        self.stepped = Stepped(nn.Sequential(Mirror(), network), wrap(lambda x, noise: rounded((x + noise).clamp(0, 1)).flip(-1)))
+        self.stepped = Stepped(nn.Sequential(Mirror(), network), wrap(lambda x, noise: looked_up((x + noise).clamp(0, 1)).flip(-1)))
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
         assert draw is not None

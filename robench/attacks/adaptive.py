@@ -8,7 +8,6 @@ budget of the clean image).
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
 from itertools import count
 
@@ -25,18 +24,16 @@ from robench.attacks.momentum import FIRST_STEP, ONWARD_STEP, follow
 from robench.attacks.objective import Guide, evaluate_point
 from robench.attacks.registry import Found, register
 from robench.attacks.reweighing import SHARES, reweighed
+from robench.attacks.shattered import smoothing, turns_away
 from robench.attacks.square import square
 from robench.attacks.transfer import mean_surrogate
-from robench.attacks.views import Declared, Smoothed, StraightThrough, instead
+from robench.attacks.views import Declared, StraightThrough, instead
 from robench.defense import Defense
 from robench.errors import UserError
 from robench.losses import cross_entropy, margin, sharp_cross_entropy, spread
 from robench.noise import Draw
 from robench.surrogate import declares
 from robench.threat import ThreatModel
-
-SMOOTHING = 0.25
-"""Deviation of the noise that smooths a shattered gradient, as a share of what the budget allows each value if spread evenly."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def adaptive(
     """
     if threat.epsilon == 0 or not len(x):
         return Found(x.clone())
-    best, run, values = _Best(defense, x, y, examples, seed), count(), x[0].numel()
+    best, run = _Best(defense, x, y, examples, seed), count()
     if best.classes < 2:
         raise UserError("an attack needs at least 2 classes, and this defense has 1")
     index = best.pending.nonzero()[:, 0]
@@ -100,10 +97,8 @@ def adaptive(
         images = fast(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=min(queries, 300)).x_adv
         best.see("fast", index, images)
     best.stages.setdefault("fast", torch.zeros_like(best.pending))
-    deviation = SMOOTHING * threat.epsilon / {"Linf": 1, "L2": values**0.5, "L1": values}[threat.norm]
-    for composition in compositions(
-        defense, best.predictors, min(targets, best.classes - 1), threat, deviation, seed, ways_past(defense, x)
-    ):
+    smooth = smoothing(threat, x[0].numel())
+    for composition in compositions(defense, best.predictors, min(targets, best.classes - 1), threat, smooth, seed, ways_past(defense, x)):
         _run(composition, next(run) * max(targets, 1), defense, x, threat, best, seed, steps, draws)
     index = best.pending.nonzero()[:, 0]
     if queries and len(index):
@@ -216,7 +211,7 @@ def _member(number: int) -> Guide:
 
 
 def compositions(
-    defense: Defense, predictors: int, towards: int, threat: ThreatModel, deviation: float, seed: int, ways: Ways
+    defense: Defense, predictors: int, towards: int, threat: ThreatModel, smooth: Callable[[Defense], Defense], seed: int, ways: Ways
 ) -> list[Composition]:
     """Return the compositions in the order they are run, the likeliest to break the defense first.
 
@@ -225,7 +220,7 @@ def compositions(
         predictors: how many it has.
         towards: how many wrong classes are aimed at.
         threat: the threat model.
-        deviation: of the noise that smooths a shattered gradient, in units of the pixel range.
+        smooth: takes a defense to what smooths its shattered gradient.
         seed: the attack's seed.
         ways: to the gradient of the defense's networks, where it hides that.
     """
@@ -267,11 +262,10 @@ def compositions(
             Composition(f"answer within {number} towards targets", _towards, None, towards, view=instead(answer), stops=False),
         )
     ]
-    shattered = partial(_is_shattered, defense, threat, seed)
-    smooth = Composition("smoothed prediction", _margin, view=lambda d: Smoothed(d, deviation), applies=shattered)
+    over_noise = Composition("smoothed prediction", _margin, view=smooth, applies=partial(turns_away, defense, threat, seed))
     onward = Composition("onward from the best", _margin, onward=True)
     first = [*inner, mean, *frozen, *direct] if defense.random else [*direct, *inner, mean]
-    return [*first, *structure, *declared, *straight, *alone, *within_it, smooth, onward]
+    return [*first, *structure, *declared, *straight, *alone, *within_it, over_noise, onward]
 
 
 def _gradient(defense: Defense, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:
@@ -301,13 +295,3 @@ def _has_flat_steps(defense: Defense, seed: int, x: Tensor, y: Tensor, examples:
     own, through = (_gradient(view, seed, x, y, examples) for view in (defense, StraightThrough(defense)))
     differs: Tensor = (through - own).norm(dim=1) > 1e-3 * through.norm(dim=1)
     return differs
-
-
-def _is_shattered(defense: Defense, threat: ThreatModel, seed: int, x: Tensor, y: Tensor, examples: Tensor) -> Tensor:
-    """Say where the gradient of a deterministic defense turns away within a hundredth of the budget."""
-    if defense.random:
-        return torch.zeros_like(y, dtype=torch.bool)
-    near = threat.scaled(Fraction(1, 100)).random_start(x, examples, seed, "shattered")
-    here, there = (functional.normalize(_gradient(defense, seed, at, y, examples), eps=1e-30) for at in (x, near))
-    turned: Tensor = (here * there).sum(1) < 0.5 * here.norm(dim=1)
-    return turned

@@ -19,7 +19,7 @@ from robench.attacks.answers import answers
 from robench.attacks.layers import Forward, LedPast, detours, forward
 from robench.attacks.objective import spread_gradient
 from robench.attacks.views import View
-from robench.defense import Defense
+from robench.defense import Defense, Plain
 from robench.noise import Draw
 from robench.surrogate import identity_gradient
 
@@ -60,8 +60,10 @@ def ways_past(defense: Defense, like: Tensor) -> Ways:
 
     First inside the networks (`robench.attacks.layers`), then, if the gradient still points another way, what stands before
     the networks (`Bare`). Two images of noise of the shape of `like` (B, C, H, W) are looked at, so that it does not depend on the
-    images attacked.
+    images attacked. A module that fails on images that take a gradient has no such way.
     """
+    if isinstance(defense, Plain) and not defense.takes_gradients:
+        return Ways(None, ())
     logits, seen = looked_at(defense, like)
     x, draw, found = seen.x, seen.draw, detours(seen)
     open_inside = LedPast(defense, found) if found else None

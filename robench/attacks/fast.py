@@ -15,8 +15,10 @@ from robench.aggregate import mean_of_logits
 from robench.attacks.ascent import Plan, ascend
 from robench.attacks.bare import ways_past
 from robench.attacks.fast_on_random import fast_on_random
+from robench.attacks.momentum import FIRST_STEP, follow
 from robench.attacks.objective import Guide, evaluate_point, image_gradient
 from robench.attacks.registry import Found, register
+from robench.attacks.shattered import smoothing, turns_away
 from robench.attacks.square import square
 from robench.attacks.steps import steepest
 from robench.attacks.views import Declared, StraightThrough, instead
@@ -31,8 +33,8 @@ TIERS = ((1.0, 2, 10), (0.5, 4, 20), (0.2, 9, 20))
 ONWARD = ((0.25, 30, 1.0), (0.12, 60, 0.5), (0.05, 100, 1.0))
 """Ascents from the best image towards its nearest target: up to which reach, steps, first step in budgets."""
 STAGES = ("margin", "mean of logits", "targets", "onward", "straight-through", "bare networks", "square")
-DECLARED, WITHIN = "declared surrogate", "answer within"
-"""A stage of the defenses that declare one."""
+DECLARED, WITHIN, SMOOTHED = "declared surrogate", "answer within", "smoothed"
+"""Stages of the defenses that have what they are for."""
 DUAL = {"Linf": 1.0, "L2": 2.0, "L1": float("inf")}
 MASKED = 0.1
 """Where an ascent gains less than this share of what the clean image's gradient promises, that is taken to be masked."""
@@ -59,9 +61,9 @@ def fast(
     First `steps` on the margin of the prediction (and, where predictors are combined by anything but their mean, of the mean of their
     logits); then towards target classes in the order of their estimated distance, for the examples within reach; then onward from the
     best image, for those in close reach. Where the gradient leads nowhere, it is that of the surrogates which the defense declares, then
-    made straight-through. Where the defense hides its member networks, their own gradient is taken (`bare`). Where it still leads
-    nowhere, or misleads, Square spends `queries`. A random defense is attacked along the momentum (`fast_on_random`), by ascents of
-    ``steps * draws`` steps of one draw.
+    made straight-through. Where the defense hides its member networks, their own gradient is taken (`bare`). Where it turns away within
+    the budget, it is that of the defense smoothed. Where it still leads nowhere, or misleads, Square spends `queries`. A random defense
+    is attacked along the momentum (`fast_on_random`), by ascents of ``steps * draws`` steps of one draw.
 
     Args beyond every attack's: `steps`; `draws`, the steps on a random defense for each on another; `queries`.
 
@@ -94,6 +96,7 @@ def fast(
         search.ascend("bare networks", search.standing, 2 * steps, guide=mean_of_logits, view=instead(networks))
     for answer in ways.answers:
         search.ascend(WITHIN, search.standing, steps, view=instead(answer), stops=False)
+    search.follow(SMOOTHED, search.turned(), Plan(_untargeted, 4 * steps, draws, first_step=FIRST_STEP), smoothing(threat, x[0].numel()))
     index = (search.standing & (masked | misled)).nonzero()[:, 0]
     if queries and len(index):
         x_adv = square(defense, x[index], y[index], threat, examples=examples[index], seed=seed, queries=queries)
@@ -173,6 +176,14 @@ class _Search:
         x_adv = ascend(plan, self.runs, view(self.defense), x, y, goal, self.threat, start, examples, self.seed)
         self.see(name, index, x_adv)
 
+    def follow(self, name: str, held: Tensor, plan: Plan, view: Callable[[Defense], Defense]) -> None:
+        """Ascend a random view along the momentum for the examples that bool (B,) `held` marks, from a random start."""
+        self.runs += 1
+        if len(index := held.nonzero()[:, 0]):
+            x, y, examples = self.x[index], self.y[index], self.examples[index]
+            start = self.threat.random_start(x, examples, self.seed, f"start/fast/{self.runs}")
+            self.see(name, index, follow(plan, self.runs, view(self.defense), x, y, y, self.threat, start, examples, self.seed))
+
     def see(self, name: str, index: Tensor, x_adv: Tensor) -> None:
         """Keep those of the images of the examples `index` that are better than before."""
         logits = self._logits(x_adv)[1]
@@ -208,6 +219,13 @@ class _Search:
             rise = margin(self._logits(there)[1], self.y[rows]) - self.clean_margin[rows]
             misled[rows] = rise < (gradient * (there - x)).flatten(1).sum(1) / 2
         return masked, misled
+
+    def turned(self) -> Tensor:
+        """Return which standing examples have a gradient that turns away within the budget: bool (B,)."""
+        found, index = torch.zeros_like(self.fooled), self.standing.nonzero()[:, 0]
+        if len(index):
+            found[index] = turns_away(self.defense, self.threat, self.seed, self.x[index], self.y[index], self.examples[index])
+        return found
 
     def nearest_targets(self, held: Tensor) -> Tensor:
         """Return up to 9 wrong classes (B, T), the nearest first by the linearised distance at the clean image.

@@ -44,8 +44,8 @@ def instead(view: Defense) -> Callable[[Defense], Defense]:
 
 
 class StraightThrough(View):
-    """The defense with a gradient through every step that has none: the identity's through rounding, signs and detached tensors,
-    a sigmoid's through comparisons that are made numbers.
+    """The defense with a gradient through every step that has none: the identity's through rounding, whole numbers, signs and
+    detached tensors, a sigmoid's through comparisons that are made numbers.
 
     Outputs are the defense's own. Steps that replace their input in place are left as they are, and so is a defense that cannot be
     run like this.
@@ -110,20 +110,20 @@ _GREATER, _LESS = (
     _methods("gt", "ge", "greater", "greater_equal", "__gt__", "__ge__"),
     _methods("lt", "le", "less", "less_equal", "__lt__", "__le__"),
 )
-_CAST = _methods("float", "double", "half", "bfloat16", "to", "type")
+_CAST = _methods("float", "double", "half", "bfloat16", "to", "type", "int", "long", "short", "byte", "char")
 
 WIDTH = 0.1
 """Of the sigmoid whose gradient a comparison is given, in the units of what is compared (of images: of the pixel range)."""
 
 
 class _IdentityGradients(TorchFunctionMode):
-    """While active, functions that are flat almost everywhere have the gradient of the identity, nothing is detached, and a
-    comparison that is made a number has the gradient of a sigmoid.
+    """While active, functions that are flat almost everywhere have the gradient of the identity, whole numbers made numbers again too,
+    nothing is detached, and a comparison that is made a number has the gradient of a sigmoid.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._compared: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, function: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -146,9 +146,11 @@ class _IdentityGradients(TorchFunctionMode):
         if function in _GREATER | _LESS and any(isinstance(a, Tensor) and a.requires_grad for a in (first, second)):
             difference = first - second if function in _GREATER else second - first
             # The entry keeps the comparison alive, so that no other tensor takes its place in memory.
-            self._compared[id(result)] = (result, torch.sigmoid(difference / WIDTH))
-        elif function in _CAST and id(first) in self._compared and result.is_floating_point():
-            return identity_gradient(self._compared[id(first)][1], result)
+            self._kept[id(result)] = (result, torch.sigmoid(difference / WIDTH))
+        elif function in _CAST and id(first) in self._kept and result.is_floating_point():
+            return identity_gradient(self._kept[id(first)][1].to(result), result)
+        elif function in _CAST and first.requires_grad and not result.is_floating_point():
+            self._kept[id(result)] = (result, first)
         return result
 
 

@@ -27,6 +27,7 @@ def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[
     draw = Draw(seed, torch.arange(len(x), device=device)) if defense.random else None
     with isolated_generator(seed, device):
         logits, again = (contract.logits(target, x, draw, dataset) for _ in range(2))
+    contract.without_gradients(target, x, draw)
     differs = float((logits != again).any(1).double().mean())
     by_batch = float((contract.moved_by_others(target, x, draw, dataset) > contract.MOVED).double().mean())
     declared = "random" if defense.random else "deterministic"
