@@ -192,7 +192,7 @@ def _key(
         "" if attack.learnt is None else hashlib.sha256(attack.learnt.cpu().numpy().tobytes()).hexdigest(),
         # What earlier versions kept of a random defense lacks the attack's own count.
         *(["counted"] if target.defense.random else []),
-        *(["folded"] if precision == "bfloat16" else []),
+        "folded",
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -205,12 +205,8 @@ def _attack_chunk(
     defense = target.defense
     x, y = as_float(dataset.images[start:stop]).to(device), dataset.labels[start:stop].to(device)
     examples = torch.arange(start, stop, device=device)
-    with counted(defense) as cost:
-        found = _adversarial(defense, x, y, threat, attack, examples, seed, precision, cost)
-    x_adv = found.x_adv
-    if (problem := threat.violation(x_adv, x)) is not None:
-        raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
-    clean, robust = scoring.predictions(defense, x, examples, seed), scoring.predictions(defense, x_adv, examples, seed)
+    found, robust, cost = _adversarial(defense, x, y, threat, attack, examples, seed, precision)
+    clean = scoring.predictions(defense, x, examples, seed)
     stages, counted_robust = ({name: int(marks.sum()) for name, marks in by.items()} for by in (found.stages, found.counted))
     return Chunk(
         provenance=made_by, clean=clean.tolist(), robust=robust.tolist(), forwards=cost.forwards, backwards=cost.backwards,
@@ -219,24 +215,28 @@ def _attack_chunk(
 
 
 def _adversarial(
-    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, attack: Attack, examples: Tensor, seed: int, precision: str,
-    cost: Cost,
-) -> Found:  # fmt: skip
-    """Attack in the given precision; what fools the defense only in reduced precision is attacked again in float32."""
-    if precision == "float32":
-        with recording(cost):
-            return attack.run(defense, x, y, threat, examples=examples, seed=seed)
-    like = Draw(seed, examples[:16]) if defense.random else None
-    with folded(defense, x[:16], like), torch.autocast(x.device.type, torch.bfloat16), recording(cost):
-        found = attack.run(defense, x, y, threat, examples=examples, seed=seed)
+    defense: Defense, x: Tensor, y: Tensor, threat: ThreatModel, attack: Attack, examples: Tensor, seed: int, precision: str
+) -> tuple[Found, Tensor, Cost]:
+    """Return what an attack found, the defense's predictions of it (draws, B) as it is, in float32, and what the attack cost.
+
+    The attack sees batch norm folded, and computes in the given precision; what fools the defense only so is attacked again as it is.
+    """
+    like, half = Draw(seed, examples[:16]) if defense.random else None, precision == "bfloat16"
+    with folded(defense, x[:16], like) as other, torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        with counted(defense) as cost, recording(cost):
+            found = attack.run(defense, x, y, threat, examples=examples, seed=seed)
         x_adv = found.x_adv.float()
-        claimed = scoring.predictions(defense, x_adv, examples, seed)[0] != y
-    if not defense.random:
-        again = claimed & (scoring.predictions(defense, x_adv, examples, seed)[0] == y)
-        if bool(again.any()):
-            with recording(cost):
-                x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
-    return replace(found, x_adv=x_adv)
+        if (problem := threat.violation(x_adv, x)) is not None:
+            raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
+        exact = defense.random or not (other or half)
+        claimed = None if exact else scoring.predictions(defense, x_adv, examples, seed)[0] != y
+    predicted = scoring.predictions(defense, x_adv, examples, seed)
+    if claimed is not None and bool((again := claimed & (predicted[0] == y)).any()):
+        with counted(defense) as more, recording(more):
+            x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
+        cost += more
+        predicted[:, again] = scoring.predictions(defense, x_adv[again], examples[again], seed)
+    return replace(found, x_adv=x_adv), predicted, cost
 
 
 def _controls(

@@ -31,6 +31,7 @@ from robench.errors import OutOfTimeError, UserError
 from robench.exact import exact_arithmetic
 from robench.files import write_atomic
 from robench.fingerprint import behaviour_hash, state_hash
+from robench.layout import memory_format
 from robench.overfitting import Epoch
 from robench.recipe import Precision, Recipe, Stage, learning_rate, plain
 
@@ -102,7 +103,7 @@ def train(
 
 def place(module: nn.Module, device: str) -> torch.memory_format:
     """Move a module to the device it trains on, in the memory layout it trains in, which decides a logit's last bits."""
-    layout = _memory_format(module, device)
+    layout = memory_format(module, device)
     module.to(device).to(memory_format=layout)
     return layout
 
@@ -122,15 +123,6 @@ def native_bfloat16(device: str) -> bool:
     if torch.device(device).type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def _memory_format(module: nn.Module, device: str) -> torch.memory_format:
-    """Return channels_last, the faster layout, but on the CPU only where no convolution has fewer than 16 outputs.
-
-    There the backward pass of torch 2.13 to 2.15 corrupts memory in that layout with several threads and odd batch sizes.
-    """
-    narrow = any(isinstance(m, nn.Conv2d) and m.out_channels < 16 for m in module.modules())
-    return torch.contiguous_format if narrow and torch.device(device).type == "cpu" else torch.channels_last
 
 
 def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, version: int = 1) -> Path:

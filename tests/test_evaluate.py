@@ -197,9 +197,9 @@ class Counting(nn.Module):
         return logits
 
 
-LOOKED_AT = 10 * 16 + 2
-"""Images by which each process knows the model: for its logits twice, four times in other company, once near them, for its predictors'
-logits, and for the gradients of both; and two of noise, beside its copy."""
+LOOKED_AT = 11 * 16 + 2
+"""Images by which each process knows the model: for its logits twice, once taking a gradient, four times in other company, once near
+them, for its predictors' logits, and for the gradients of both; and two of noise, beside its copy."""
 
 
 def stop_after(chunks: int) -> Callable[[str], None]:

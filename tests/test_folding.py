@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import zoo
+from robench import data, targets, zoo
+from robench.attacks import Attack
 from robench.defense import Defense
+from robench.evaluation import measure
 from robench.fingerprint import state_hash
 from robench.folding import foldable, folded
 from robench.noise import Draw, isolated_generator
+from robench.recipe import Precision
+from robench.threat import ThreatModel
 
 
 def network(*more: nn.Module) -> nn.Sequential:
@@ -136,6 +140,52 @@ def test_folding_that_changes_the_logits_is_undone() -> None:
         assert not torch.allclose(defense(x), usual)
     with folded(defense, x):
         assert torch.equal(defense(x), usual)
+
+
+class Viewing(nn.Module):
+    """Views features of several positions as one row, which only the usual memory layout allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with isolated_generator(0):
+            self.conv, self.norm, self.head = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Linear(576, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.conv(x)).view(x.shape[0], -1))
+        return logits
+
+
+def test_what_needs_the_usual_memory_layout_is_left() -> None:
+    made, x = Viewing().eval(), torch.rand(4, 3, 8, 8)
+    with folded(made):
+        assert made.conv.weight.is_contiguous(memory_format=torch.channels_last)
+        with pytest.raises(RuntimeError):
+            made(x)
+    usual = made(x)
+    with folded(made, x):
+        assert isinstance(made.norm, nn.BatchNorm2d)
+        assert torch.equal(made(x), usual)
+
+
+@pytest.mark.parametrize(("width", "layout"), [(8, torch.contiguous_format), (16, torch.channels_last)])
+def test_folded_convolutions_are_in_the_faster_layout(width: int, layout: torch.memory_format) -> None:
+    made = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width)).eval()
+    with folded(made):
+        assert made[0].weight.is_contiguous(memory_format=layout)
+    assert made[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_attacks_see_batch_norm_folded(precision: Precision) -> None:
+    model, dataset, seen = network(), data.from_tensors(torch.rand(4, 3, 8, 8), torch.arange(4), 5), list[type[nn.Module]]()
+
+    def looking(_defense: Defense, x: Tensor, *_: object, **__: object) -> Tensor:
+        seen.append(type(model[1]))
+        return x.clone()
+
+    measure(targets.of_module(model), dataset, ThreatModel.parse("Linf:0.1"), Attack("looking", 1, {}, looking), precision=precision)
+    assert seen[0] is nn.Identity
+    assert isinstance(model[1], nn.BatchNorm2d)
 
 
 def test_a_copy_folds_on_its_own() -> None:

@@ -28,6 +28,7 @@ from robench.data import Dataset
 from robench.defense import Defense, Ensemble
 from robench.errors import UserError
 from robench.fingerprint import state_hash
+from robench.layout import memory_format
 from robench.noise import Draw
 from robench.recipe import InnerAttack, Recipe, Stage, learning_rate
 from robench.threat import ThreatModel
@@ -557,8 +558,8 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(digits: Dataset) 
 
 @pytest.mark.parametrize(("width", "layout"), [(15, torch.contiguous_format), (16, torch.channels_last)])
 def test_narrow_convolutions_are_trained_in_the_contiguous_layout(width: int, layout: torch.memory_format) -> None:
-    assert training._memory_format(Ensemble([Small(0, width)], mean_of_logits), "cpu") == layout
-    assert training._memory_format(Ensemble([Small(0, width)], mean_of_logits), "cuda") == torch.channels_last
+    assert memory_format(Ensemble([Small(0, width)], mean_of_logits), "cpu") == layout
+    assert memory_format(Ensemble([Small(0, width)], mean_of_logits), "cuda") == torch.channels_last
 
 
 class Jitter(Defense):
