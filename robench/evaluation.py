@@ -1,5 +1,6 @@
 """Evaluation: a defense, a data set, a threat model and an attack make a record with the outcome of every example."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -220,9 +221,11 @@ def _adversarial(
     """Return what an attack found, the defense's predictions of it (draws, B) as it is, in float32, and what the attack cost.
 
     The attack sees batch norm folded, and computes in the given precision; what fools the defense only so is attacked again as it is.
+    The reference, which takes a batch size, sees the defense as it is.
     """
     like, half = Draw(seed, examples[:16]) if defense.random else None, precision == "bfloat16"
-    with folded(defense, x[:16], like) as other, torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+    seen = contextlib.nullcontext(False) if "batch_size" in attack.parameters else folded(defense, x[:16], like)
+    with seen as other, torch.autocast(x.device.type, torch.bfloat16, enabled=half):
         with counted(defense) as cost, recording(cost):
             found = attack.run(defense, x, y, threat, examples=examples, seed=seed)
         x_adv = found.x_adv.float()

@@ -13,6 +13,7 @@ from robench.evaluation import measure
 from robench.fingerprint import state_hash
 from robench.folding import foldable, folded
 from robench.noise import Draw, isolated_generator
+from robench.parameters import Value
 from robench.recipe import Precision
 from robench.threat import ThreatModel
 
@@ -175,16 +176,19 @@ def test_folded_convolutions_are_in_the_faster_layout(width: int, layout: torch.
     assert made[0].weight.is_contiguous()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_attacks_see_batch_norm_folded(precision: Precision) -> None:
+@pytest.mark.parametrize(("precision", "parameters", "norm"), [
+    ("float32", {}, nn.Identity), ("bfloat16", {}, nn.Identity), ("float32", {"batch_size": 4}, nn.BatchNorm2d),
+])  # fmt: skip
+def test_attacks_but_the_reference_see_batch_norm_folded(precision: Precision, parameters: dict[str, Value], norm: type[nn.Module]) -> None:
     model, dataset, seen = network(), data.from_tensors(torch.rand(4, 3, 8, 8), torch.arange(4), 5), list[type[nn.Module]]()
 
     def looking(_defense: Defense, x: Tensor, *_: object, **__: object) -> Tensor:
         seen.append(type(model[1]))
         return x.clone()
 
-    measure(targets.of_module(model), dataset, ThreatModel.parse("Linf:0.1"), Attack("looking", 1, {}, looking), precision=precision)
-    assert seen[0] is nn.Identity
+    attack = Attack("looking", 1, parameters, looking)
+    measure(targets.of_module(model), dataset, ThreatModel.parse("Linf:0.1"), attack, precision=precision)
+    assert seen[0] is norm
     assert isinstance(model[1], nn.BatchNorm2d)
 
 
