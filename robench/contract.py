@@ -30,10 +30,10 @@ def honest_logits(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset
 
     Raises:
         UserError: if the model fails, its logits do not fit the data set, are not finite, differ between two forwards of a deterministic
-            defense, or depend on the other images in the batch.
+            defense or where the images take a gradient, or depend on the other images in the batch.
     """
     found = logits(target, x, draw, dataset)
-    without_gradients(target, x, draw)
+    check_gradients(target, x, draw)
     if draw is None and not torch.equal(found, logits(target, x, None, dataset)):
         raise UserError(f"{target.name} gives different logits for the same images; declare it random (Defense.random or Plain)")
     if (moved := float(moved_by_others(target, x, draw, dataset).amax())) > MOVED:
@@ -64,11 +64,11 @@ def logits(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Te
     return found.float()
 
 
-@torch.enable_grad()
-def without_gradients(target: Target, x: Tensor, draw: Draw | None) -> None:
-    """Have a module's images take no gradient from now on where it fails on those that do, as one that leaves torch does.
+def check_gradients(target: Target, x: Tensor, draw: Draw | None) -> None:
+    """Make sure that a defense answers images that take a gradient, which attacks give it, as it answers others.
 
-    It is then attacked as what has no gradient.
+    A module that fails on them, as one that leaves torch does, is given copies that take none from now on, and attacked as what has no
+    gradient.
 
     Args:
         target: in evaluation mode, which answers images that take no gradient.
@@ -76,11 +76,12 @@ def without_gradients(target: Target, x: Tensor, draw: Draw | None) -> None:
         draw: for them, of a random defense.
 
     Raises:
-        UserError: if a defense that tells its structure fails on them.
+        UserError: if a defense that tells its structure fails on them, or any defense answers them otherwise.
     """
+    usual = _held(target.defense, x.clone(), draw)
     try:
-        with isolated_generator(0, x.device):
-            target.defense(x.clone().requires_grad_(), draw)
+        with torch.enable_grad(), isolated_generator(0, x.device):
+            found = target.defense(x.clone().requires_grad_(), draw).detach()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a stranger's code may fail in any way
@@ -88,6 +89,13 @@ def without_gradients(target: Target, x: Tensor, draw: Draw | None) -> None:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"{target.name} fails on images that take a gradient: {line}; it may detach them itself") from error
         target.defense.takes_gradients = False
+        return
+    moved = float((found - usual).abs().max()) > MOVED * float(usual.abs().max())
+    # Noise that cannot be held shows nothing.
+    if moved and torch.equal(usual, _held(target.defense, x.clone(), draw)):
+        raise UserError(
+            f"{target.name} answers images that take a gradient otherwise than the same images without, so that no attack sees it"
+        )
 
 
 def moved_by_others(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Tensor:

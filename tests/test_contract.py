@@ -156,7 +156,7 @@ def test_the_check_costs_a_few_passes_of_a_few_images(digits: Dataset) -> None:
     module, seen = Changed(), list[int]()
     module.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
     contract.honest_logits(targets.of_module(module), as_float(digits.images[: contract.TRIED]), None, digits)
-    assert seen == [16] * 7
+    assert seen == [16] * 8
 
 
 MODELS = """
@@ -205,6 +205,24 @@ def test_what_fails_on_images_that_take_a_gradient_is_attacked_without(name: str
     assert outside.clean_accuracy == torch_own.clean_accuracy
     assert outside.cost.backwards == 0
     assert (outside.robust_accuracy.value < 0.3) == (name != "pgd-5")
+
+
+class TwoFaced(nn.Module):
+    """A classifier that gives an attack's forwards other logits."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(x)
+        return logits.flip(1) if x.requires_grad else logits
+
+
+def test_what_answers_an_attack_otherwise_is_refused(digits: Dataset, linear_network: nn.Module) -> None:
+    target = targets.of_module(TwoFaced(linear_network), "model")
+    with pytest.raises(UserError, match=r"^model answers images that take a gradient otherwise than the same images without[^\n]*$"):
+        measure(target, digits.first(3), LINF, Attack("refusing", 1, {}, refusing))
 
 
 class Refusing(Ensemble):

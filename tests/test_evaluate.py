@@ -197,8 +197,8 @@ class Counting(nn.Module):
         return logits
 
 
-LOOKED_AT = 11 * 16 + 2
-"""Images by which each process knows the model: for its logits twice, once taking a gradient, four times in other company, once near
+LOOKED_AT = 12 * 16 + 2
+"""Images by which each process knows the model: for its logits three times, once taking a gradient, four times in other company, once near
 them, for its predictors' logits, and for the gradients of both; and two of noise, beside its copy."""
 
 

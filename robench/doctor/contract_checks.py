@@ -18,7 +18,8 @@ def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[
     One that is random and does not say so comes back as a random defense without structure, so that attacks average its draws.
 
     Raises:
-        UserError: if the model fails on the data set's images, its logits do not fit or are not finite, or there is one class.
+        UserError: if the model fails on the data set's images or answers otherwise where they take a gradient, its logits do not fit or
+            are not finite, or there is one class.
     """
     if len(dataset.classes) < 2:
         raise UserError(f"the doctor needs at least 2 classes, and {dataset.name} has {len(dataset.classes)}")
@@ -27,7 +28,7 @@ def admit(target: Target, dataset: Dataset, *, seed: int, device: str) -> tuple[
     draw = Draw(seed, torch.arange(len(x), device=device)) if defense.random else None
     with isolated_generator(seed, device):
         logits, again = (contract.logits(target, x, draw, dataset) for _ in range(2))
-    contract.without_gradients(target, x, draw)
+    contract.check_gradients(target, x, draw)
     differs = float((logits != again).any(1).double().mean())
     by_batch = float((contract.moved_by_others(target, x, draw, dataset) > contract.MOVED).double().mean())
     declared = "random" if defense.random else "deterministic"
