@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.decoy_defenses import DECOYS, honest
-from robench import attacks, data, doctor, record, targets, zoo
+from robench import attacks, data, doctor, record, targets, workbench, zoo
 from robench.attacks import Attack, mean_surrogate
 from robench.data import Dataset, as_float
 from robench.defense import Defense
@@ -40,6 +40,9 @@ HELD_OUT = (
 ATTACKS = ("pyautoattack", "pyautoattack-rand", "square", "fast", "adaptive")
 RANDOM_ONLY = ("pyautoattack-rand", "autoattack-rand")
 DETERMINISTIC_ONLY = ("pyautoattack", "autoattack")
+
+THREAT = {"digits": "Linf:48/255"}
+"""The budget of a data set's adversarial training; Linf:8/255 elsewhere."""
 
 HONEST = ("natural", "single_adv")
 SELF_ENSEMBLE = "multires_self_ensemble"
@@ -139,9 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; return 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoys", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--threat", default="Linf:48/255")
+    parser.add_argument("--threat", help="Linf:48/255 for digits, else Linf:8/255")
     parser.add_argument("--n", type=int, default=100)
-    parser.add_argument("--scale", default="smoke", choices=["smoke", "cpu", "gpu", "paper"])
+    parser.add_argument("--scale", choices=["smoke", "cpu", "gpu", "paper"], help="smoke for digits, else cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attacks", nargs="*", default=ATTACKS, help="names with parameters, as in square,queries=1000")
     parser.add_argument("--only", nargs="*", default=(), help="rows to print")
@@ -149,8 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     try:
-        threat, dataset = ThreatModel.parse(chosen.threat), data.load(chosen.dataset, "test").first(chosen.n)
-        chosen_cases = cases(dataset, chosen.scale, chosen.cache_dir, chosen.only)
+        dataset, scale = data.load(chosen.dataset, "test").first(chosen.n), chosen.scale or workbench.default_scale(chosen.dataset)
+        threat = ThreatModel.parse(chosen.threat or THREAT.get(chosen.dataset, "Linf:8/255"))
+        chosen_cases = cases(dataset, scale, chosen.cache_dir, chosen.only)
         names, rows = usable(chosen.attacks), []
         for case in chosen_cases:
             rows.append(row(case, dataset, threat, names, chosen.seed))
@@ -160,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     headers = ["defense", "clean", "truth", *names, "doctor's attacks", "doctor's verdict", "because of"]
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
-    print(f"\naccuracies in %; {dataset.name}, first {len(dataset)}, scale {chosen.scale}, {threat}, seed {chosen.seed}")
+    print(f"\naccuracies in %; {dataset.name}, first {len(dataset)}, scale {scale}, {threat}, seed {chosen.seed}")
     print(HELD_OUT)
     source = record.provenance("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
