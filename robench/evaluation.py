@@ -229,8 +229,7 @@ def _adversarial(
         with counted(defense) as cost, recording(cost):
             found = attack.run(defense, x, y, threat, examples=examples, seed=seed)
         x_adv = found.x_adv.float()
-        if (problem := threat.violation(x_adv, x)) is not None:
-            raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
+        _check_within(threat, attack, x_adv, x)
         exact = defense.random or not (other or half)
         claimed = None if exact else scoring.predictions(defense, x_adv, examples, seed)[0] != y
     predicted = scoring.predictions(defense, x_adv, examples, seed)
@@ -238,8 +237,14 @@ def _adversarial(
         with counted(defense) as more, recording(more):
             x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
         cost += more
+        _check_within(threat, attack, x_adv, x)
         predicted[:, again] = scoring.predictions(defense, x_adv[again], examples[again], seed)
     return replace(found, x_adv=x_adv), predicted, cost
+
+
+def _check_within(threat: ThreatModel, attack: Attack, x_adv: Tensor, x: Tensor) -> None:
+    if (problem := threat.violation(x_adv, x)) is not None:
+        raise UserError(f"attack {attack.name} left the threat model {threat}: {problem}")
 
 
 def _controls(
