@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from robench import aggregate, noise, plugins, zoo
+from robench import aggregate, data, noise, plugins, targets, zoo
 from robench.cost import counted
 from robench.defense import Ensemble
 from robench.errors import UserError
 from robench.fingerprint import state_hash
 from robench.noise import Draw
-from robench.recipe import Stage, learning_rate
+from robench.recipe import Recipe, Stage, learning_rate
 from robench.zoo import Paper, Scale, Setting, Specimen
 
 ENTRIES = zoo.entries()  # also makes robench_zoo importable by its entry point's name
@@ -418,6 +418,19 @@ def plugin(name: str, more: str = "") -> str:
 def some_defense(setting: Setting) -> Specimen:
     """A defense."""
     return Specimen(Ensemble([torch.nn.Flatten()], lambda logits: logits[:, 0]))
+
+
+@pytest.mark.parametrize("classes", [5, 11])
+def test_a_defense_of_other_classes_is_refused_before_it_is_trained(registry: dict[str, zoo.Entry], classes: int, tmp_path: Path) -> None:
+    def narrow(_setting: Setting) -> Specimen:
+        """A defense."""
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, classes))
+        return Specimen(Ensemble([network], lambda logits: logits[:, 0]), (Stage(Recipe(1, 0.1), 0),))
+
+    zoo.register(paper=PAPER, version=1)(narrow)
+    with pytest.raises(UserError, match=rf"^narrow returns outputs of shape \(2, {classes}\); digits needs logits of shape \(batch, 10\)$"):
+        targets.trained(zoo.parse("narrow"), data.load("digits", "test"), scale="smoke", cache=tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_name_taken_twice_names_both_origins(registry: dict[str, zoo.Entry]) -> None:

@@ -20,7 +20,7 @@ SMOOTHING = 0.25
 """Deviation of the noise that smooths a shattered gradient, as a share of what the budget allows each value if spread evenly."""
 KEPT = ((Fraction(1, 100), 0.5), (Fraction(1, 2), 0.75))
 """Within which share of the budget the gradient of an honest model keeps at least which cosine, where it withstands attacks: of 891
-digits that withstood, of five adversarially trained defenses, three have less within half the budget, and none within a hundredth."""
+digits that withstood, of five adversarially trained defenses, two have less within half the budget, and none within a hundredth."""
 
 
 def smoothing(threat: ThreatModel, values: int) -> Callable[[Defense], Defense]:
