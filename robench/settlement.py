@@ -232,9 +232,10 @@ def matching(records: Iterable[Record], accuracy: Accuracy, dataset: str, scale:
     named attacks alone, only those. For a clean accuracy any record of the defense does, the one of most examples first.
     """
     named = zoo.parse(accuracy.defense)
+    name = named.text
     of_defense = [
         r for r in records
-        if r.defense.name == named.text and r.defense.version == named.entry.version and r.defense.origin == "zoo"
+        if r.defense.name == name and r.defense.version == named.entry.version and r.defense.origin == "zoo"
         and r.dataset.name == dataset and r.scale == scale and r.defense.training_seed == seed and _current(r)
     ]  # fmt: skip
     if accuracy.threat is None:
