@@ -24,10 +24,11 @@ $(UV):
 demo: setup
 	$(BIN)/robench demo --out robench-demo
 
-# One process for each core and file of tests. The claims run in one, which prints their table, and find in the cache what the demo
+# One process for each core and file of tests, in the files' order: by the number of tests, as is the default, the longest files, which
+# have few, would come last. The claims run in one, which prints their table, and find in the cache what the demo
 # trained and measured on all cores, with one thread as there: the number of threads decides a logit's last bits.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder
 	$(BIN)/robench demo --out robench-demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest claims
 
