@@ -4,20 +4,13 @@
 in the data folder, ``$ROBENCH_DATA`` or a folder of the cache, as ``<name>/{train,test}.npz``.
 """
 
-import contextlib
 import hashlib
-import http.client
-import io
 import os
 import pickle
 import re
-import tarfile
-import tempfile
-import urllib.error
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robench.errors import UserError, nearest
-from robench.files import cache_folder, write_atomic
+from robench.files import cache_folder
 
 SPLITS = ("train", "test")
 CIFAR = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
 """The data sets that can be fetched: the class of torchvision.datasets that knows where from, and its folder's name."""
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
-_LAYOUT = "images (uint8, N x H x W x 3), labels (int64, N) and classes (names)"
+LAYOUT = "images (uint8, N x H x W x 3), labels (int64, N) and classes (names)"
 
 Arrays = tuple[NDArray[Any], NDArray[Any], tuple[str, ...]]
 """Images (N, H, W, 3), labels (N,) and the classes' names."""
@@ -147,100 +139,35 @@ def load(name: str, split: str, folder: Path | None = None) -> Dataset:
     if name not in known:
         hint = nearest(name, known) or "; one of your own is added with: robench data add"
         raise UserError(f"unknown data set {name!r}; known: {', '.join(known)}{hint}")
-    path, present = folder / name / f"{split}.npz", _splits(name, folder)
+    path, present = folder / name / f"{split}.npz", splits(name, folder)
     if path.is_file():
         return _read(name, split, path)
     if split in present:
         return _read_torchvision(name, split, folder / name)
     if present:
         raise UserError(f"data set {name} has no {split} split in {folder / name}, only {present[0]}")
-    raise UserError(f"{name} is not in {folder}; get it with: robench data fetch {name}, or {_instead(name)}")
+    raise UserError(f"{name} is not in {folder}; get it with: robench data fetch {name}, or {instead(name)}")
 
 
 def names(folder: Path | None = None) -> list[tuple[str, str]]:
     """Return every data set's name and whether it is there, or how to get it."""
     folder = data_folder(folder)
     listed = [("digits", "present (bundled with scikit-learn): train, test")]
-    added = sorted(path.name for path in folder.iterdir() if _valid(path.name)) if folder.is_dir() else []
+    added = sorted(path.name for path in folder.iterdir() if valid_name(path.name)) if folder.is_dir() else []
     for name in dict.fromkeys([*CIFAR, *added]):
-        if present := _splits(name, folder):
+        if present := splits(name, folder):
             listed.append((name, f"present in {folder / name}: {', '.join(present)}"))
         elif name in CIFAR:
             listed.append((name, f"absent; get it with: robench data fetch {name}"))
     return listed
 
 
-def fetch(name: str, folder: Path | None = None, progress: Callable[[str], None] = lambda _line: None) -> Path:
-    """Download CIFAR-10 or CIFAR-100 from its authors, check it and store it; return the data set's folder.
-
-    Nothing is downloaded if the data set is there. `progress` is told each step.
-
-    Raises:
-        UserError: if the name is not one of the two, the download fails or is not the official archive, or the folder
-            cannot be written.
-    """
-    if name not in CIFAR:
-        raise UserError(f"cannot fetch {name!r}; what can be fetched: {', '.join(CIFAR)}{nearest(name, CIFAR)}")
-    folder = data_folder(folder)
-    if len(_splits(name, folder)) == len(SPLITS):
-        progress(f"{name} is already in {folder / name}")
-        return folder / name
-    with _staging(folder) as staging:
-        url = _torchvision(name).url
-        progress(f"downloading {url}")
-        for split in SPLITS:
-            _write(folder / name / f"{split}.npz", *_downloaded(name, split, staging, url))
-    progress(f"{name} is in {folder / name}")
-    return folder / name
-
-
-def add(name: str, source: Path, folder: Path | None = None) -> Path:
-    """Store a tree of images as a data set; return the data set's folder.
-
-    Examples are ordered so that the first n are balanced over the classes.
-
-    Args:
-        name: letters, digits, ``-`` and ``_``.
-        source: ``<source>/{train,test}/<class>/<image>``, or ``<source>/<class>/<image>`` for a test split alone. Every
-            image is RGB or grey, of one size.
-        folder: the data folder; see `data_folder`.
-
-    Raises:
-        UserError: if the name is taken or invalid, or the tree is not as above.
-    """
-    folder = data_folder(folder)
-    if not _valid(name):
-        raise UserError(f"{name!r} cannot name a data set; use letters, digits, '-' and '_', a letter or digit first")
-    if name == "digits" or name in CIFAR or (folder / name).exists():
-        raise UserError(f"there is a data set {name!r} already; choose another name")
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder")
-    if (source / "train").is_dir() and not (source / "test").is_dir():
-        raise UserError(f"{source} has a train folder and no test folder; a data set needs a test split")
-    trees = {split: source / split for split in SPLITS if (source / split).is_dir()} or {"test": source}
-    files = {split: _image_files(tree) for split, tree in trees.items()}
-    classes = tuple(files[next(iter(files))])
-    if unknown := sorted(set(files["test"]) - set(classes)):
-        raise UserError(f"class {unknown[0]!r} is in {trees['test']} but not in {trees['train']}")
-    sizes: dict[tuple[int, ...], Path] = {}
-    with _staging(folder) as staging:
-        for split, by_class in files.items():
-            labels = np.array([classes.index(label) for label, paths in by_class.items() for _ in paths])
-            images = [_read_image(path, sizes) for paths in by_class.values() for path in paths]
-            order = _interleaved(labels)
-            _write(staging / name / f"{split}.npz", np.stack(images)[order], labels[order], classes)
-        try:
-            (staging / name).rename(folder / name)
-        except OSError as error:
-            raise UserError(f"cannot write {folder / name}: {error.strerror or error}") from error
-    return folder / name
-
-
-def _valid(name: str) -> bool:
+def valid_name(name: str) -> bool:
+    """Say whether a data set may have that name: letters, digits, ``-`` and ``_``, a letter or digit first."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None
 
 
-def _splits(name: str, folder: Path) -> list[str]:
+def splits(name: str, folder: Path) -> list[str]:
     """Return the splits of a data set that are in the folder, in either format."""
     if name in CIFAR and (folder / name / CIFAR[name][1]).is_dir():
         return list(SPLITS)
@@ -269,7 +196,7 @@ def _rank_in_class(labels: NDArray[Any]) -> NDArray[Any]:
     return rank
 
 
-def _interleaved(labels: NDArray[Any]) -> NDArray[Any]:
+def interleaved(labels: NDArray[Any]) -> NDArray[Any]:
     """Return the order that takes one example of each class in turn."""
     return np.lexsort((labels, _rank_in_class(labels)))
 
@@ -286,7 +213,7 @@ def _digits(split: str) -> Dataset:
     images = np.repeat(levels.repeat(2, axis=1).repeat(2, axis=2)[..., None], 3, axis=-1)
     labels = bundled.target.astype(np.int64)
     chosen = np.flatnonzero((_rank_in_class(labels) % 5 == 0) == (split == "test"))
-    chosen = chosen[_interleaved(labels[chosen])]
+    chosen = chosen[interleaved(labels[chosen])]
     return _dataset("digits", split, images[chosen], labels[chosen], tuple(str(digit) for digit in range(10)))
 
 
@@ -297,7 +224,7 @@ def _read(name: str, split: str, path: Path) -> Dataset:
             raise zipfile.BadZipFile("not a zip file")
         with np.load(path, allow_pickle=False) as archive:
             if missing := {"images", "labels", "classes"} - set(archive.files):
-                raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it must hold {_LAYOUT}")
+                raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it must hold {LAYOUT}")
             images, labels, classes = archive["images"], archive["labels"], archive["classes"]
     except UserError:
         raise
@@ -314,96 +241,39 @@ def _read(name: str, split: str, path: Path) -> Dataset:
     elif labels.min() < 0 or labels.max() >= len(classes):
         wrong = f"labels span {labels.min()} to {labels.max()} for {len(classes)} classes"
     if wrong:
-        raise UserError(f"{path}: {wrong}; it must hold {_LAYOUT}")
+        raise UserError(f"{path}: {wrong}; it must hold {LAYOUT}")
     return _dataset(name, split, images, labels, tuple(classes.tolist()))
 
 
-def _write(path: Path, images: NDArray[Any], labels: NDArray[Any], classes: tuple[str, ...]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, images=images, labels=labels.astype(np.int64), classes=np.array(classes, dtype=str))
-    write_atomic(path, buffer.getvalue())
-
-
-@contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """Make a temporary folder inside the data folder, so that what is finished can be renamed to its place."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror or error}") from error
-    with staging as path:
-        yield Path(path)
-
-
-def _torchvision(name: str) -> Any:
+def torchvision_class(name: str) -> Any:
+    """Return the class of torchvision.datasets that reads CIFAR-10 or CIFAR-100."""
     import torchvision.datasets
 
     return getattr(torchvision.datasets, CIFAR[name][0])
 
 
-def _torchvision_arrays(name: str, split: str, root: Path, download: bool) -> Arrays:
+def torchvision_arrays(name: str, split: str, root: Path, download: bool) -> Arrays:
+    """Return a split of CIFAR-10 or CIFAR-100 from its authors' files in `root`, downloaded first where that is asked for.
+
+    Raises:
+        OSError, RuntimeError, pickle.UnpicklingError: where the files are missing, or not the official ones.
+    """
     with warnings.catch_warnings():
         # The official files are pickles of an old numpy, which numpy 2.4.0 to 2.4.4 warn of.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
-        data = _torchvision(name)(root, train=split == "train", download=download)
+        data = torchvision_class(name)(root, train=split == "train", download=download)
     return data.data, np.array(data.targets, dtype=np.int64), tuple(data.classes)
 
 
 def _read_torchvision(name: str, split: str, root: Path) -> Dataset:
     try:
-        return _dataset(name, split, *_torchvision_arrays(name, split, root, download=False))
+        return _dataset(name, split, *torchvision_arrays(name, split, root, download=False))
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         stored = root / CIFAR[name][1]
         wrong = f"{stored} is not the official {name} (a file is missing or differs)"
         raise UserError(f"{wrong}; delete it and run: robench data fetch {name}") from error
 
 
-def _downloaded(name: str, split: str, staging: Path, url: str) -> Arrays:
-    try:
-        return _torchvision_arrays(name, split, staging, download=True)
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        reason = str(error).strip("<>")
-        raise UserError(f"cannot download {name} from {url}: {reason}; try again, or {_instead(name)}") from error
-    except (RuntimeError, tarfile.TarError, EOFError, pickle.UnpicklingError) as error:
-        wrong = f"what {url} sent is not the official archive of {name} (its checksum differs)"
-        raise UserError(f"{wrong}; try again, or {_instead(name)}") from error
-
-
-def _instead(name: str) -> str:
-    return f"set ROBENCH_DATA to a folder with {name}/train.npz and {name}/test.npz, each with {_LAYOUT}"
-
-
-def _image_files(tree: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class folder, both in the order of their names."""
-    folders = sorted(path for path in tree.iterdir() if path.is_dir() and not path.name.startswith("."))
-    files = {path.name: sorted(f for f in path.rglob("*") if f.suffix.lower() in _IMAGE_SUFFIXES) for path in folders}
-    if not any(files.values()):
-        raise UserError(f"no images in {tree}; it must hold one folder of images for each class")
-    if empty := [label for label, paths in files.items() if not paths]:
-        raise UserError(f"no images in {tree / empty[0]}; every folder of {tree} is a class and must hold images")
-    return files
-
-
-def _read_image(path: Path, sizes: dict[tuple[int, ...], Path]) -> NDArray[Any]:
-    """Return an image as uint8 (H, W, 3); `sizes` keeps the size of the images read before, and one that had it."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            mode, transparent = image.mode, image.has_transparency_data
-            opaque = mode in ("RGB", "L", "P") and not transparent
-            pixels = np.asarray(image.convert("RGB")) if opaque else None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a readable image: {error}") from error
-    if pixels is None:
-        kind = f"its mode is {mode}{', with transparency' if transparent else ''}"
-        raise UserError(f"{path} is neither an RGB nor a grey image ({kind}); convert it to RGB")
-    sizes.setdefault(pixels.shape[:2], path)
-    if len(sizes) > 1:
-        (height, width), first = next(iter(sizes.items()))
-        wrong = f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, and {first} is {width} x {height}"
-        raise UserError(f"{wrong}; resize them to one size")
-    return pixels
+def instead(name: str) -> str:
+    """Say in which form a data set can be given that cannot be downloaded."""
+    return f"set ROBENCH_DATA to a folder with {name}/train.npz and {name}/test.npz, each with {LAYOUT}"

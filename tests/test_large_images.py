@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robench import data
+from robench import obtain
 from robench.workbench import Workbench
 
 
@@ -19,7 +19,7 @@ def test_an_image_folder_of_large_images_goes_the_whole_road(tmp_path: Path, mon
             for number in range(count):
                 pixels = np.clip(level + generator.integers(-30, 30, (224, 224, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
-    data.add("large", source, tmp_path / "data")
+    obtain.add("large", source, tmp_path / "data")
     monkeypatch.setenv("ROBENCH_DATA", str(tmp_path / "data"))
     bench = Workbench("large", "smoke", cache=tmp_path / "cache", examples=2)
     made = bench.measured("multires_self_ensemble,k=2", "Linf:4/255", "pgd-1")

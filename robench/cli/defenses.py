@@ -190,17 +190,17 @@ def data_list() -> None:
 @click.option("--from", "source", type=PATH, required=True, help="FOLDER/{train,test}/CLASS/IMAGE, or FOLDER/CLASS/IMAGE.")
 def data_add(name: str, source: Path) -> None:
     """Add a folder of images as the data set NAME."""
-    from robench import data
+    from robench import obtain
 
-    click.echo(f"{name} is in {data.add(name, source)}")
+    click.echo(f"{name} is in {obtain.add(name, source)}")
 
 
 @data.command("fetch")
 @click.argument("name")
 def data_fetch(name: str) -> None:
     """Download the data set NAME: cifar10 or cifar100."""
-    from robench import console, data
+    from robench import console, obtain
 
     with console.progress() as progress:
-        folder = data.fetch(name, progress=progress)
+        folder = obtain.fetch(name, progress=progress)
     click.echo(f"{name} is in {folder}")
