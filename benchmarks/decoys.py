@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.decoy_defenses import DECOYS, honest
-from robench import attacks, data, doctor, record, targets, workbench, zoo
+from robench import attacks, data, doctor, provenance, targets, workbench, zoo
 from robench.attacks import Attack, mean_surrogate
 from robench.data import Dataset, as_float
 from robench.defense import Defense
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
     print(f"\naccuracies in %; {dataset.name}, first {len(dataset)}, scale {scale}, {threat}, seed {chosen.seed}")
     print(HELD_OUT)
-    source = record.provenance("cpu")
+    source = provenance.of_this_process("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     print(f"{source.processor}; {versions}; {platform.system()}\ncommit {source.commit}")
     return 0

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from benchmarks.overhead import THREAT, narrow_resnet18
-from robench import attacks, record
+from robench import attacks, provenance
 from robench.aggregate import mean_of_logits
 from robench.defense import Ensemble
 from robench.folding import folded
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append([stage, f"{there:.1f}", f"{here:.1f}", f"{there / here:.2f}"])
     rows.append(["all", f"{total[0]:.1f}", f"{total[1]:.1f}", f"{total[0] / total[1]:.2f}"])
     print(tabulate(rows, ["stage", "pyautoattack, s", "robench, s", "times as fast"], "github", disable_numparse=True))
-    source = record.provenance("cpu")
+    source = provenance.of_this_process("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     computed = "bfloat16" if half else "float32"
     print(f"\nResNet-18 of width 16, {images} images together that stay robust, {steps} steps and {queries} queries.")

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.training import BATCH, STEPS, ensemble, recipe, straightforward_step
-from robench import record, throughput, training
+from robench import provenance, throughput, training
 from robench.batches import batches
 from robench.captured import Stepper, can_record
 from robench.defense import Ensemble
@@ -111,7 +111,7 @@ def main() -> None:
     print(f"\nPGD-{STEPS} adversarial training, batch {BATCH}; medians of {ROUNDS} rounds. TFLOP/s count 17 forwards' worth a step, what")
     print("it takes at least, for each way; the straightforward one computes 24.")
     print(f"Measured bfloat16 peak, products of 8192 x 8192 random matrices: {throughput.peak(DEVICE, 'bfloat16') / 1e12:.0f} TFLOP/s")
-    source = record.provenance(DEVICE)
+    source = provenance.of_this_process(DEVICE)
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     print(f"\n{source.processor}; {versions}\ncommit {source.commit}")
 

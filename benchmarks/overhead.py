@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robench import attacks, record
+from robench import attacks, provenance
 from robench.aggregate import mean_of_logits
 from robench.defense import Ensemble
 from robench.noise import isolated_generator
@@ -114,7 +114,7 @@ def main(rounds: int = ROUNDS) -> None:
             rows.append([label, batch, name, f"{1000 * cost:.2f}", f"{ratio:.2f}"])
     headers = ["network", "batch", "attack", "ms per iteration", "ratio to bare"]
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
-    source = record.provenance("cpu")
+    source = provenance.of_this_process("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     print(f"\nmedians of {rounds} rounds, one thread, processor time; {source.processor}; {versions}; {platform.system()}")
     print(f"commit {source.commit}")

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional
 
-from robench import noise, record, zoo
+from robench import noise, provenance, zoo
 from robench.noise import Draw
 
 ROUNDS = 9
@@ -67,7 +67,7 @@ def main() -> None:
         rows.append([scale, f"{shape[1]} px", batch, *(f"{ms:.2f}" for ms in cost.values()), *(f"{ratio:.2f}" for ratio in ratios)])
     headers = ["scale", "images", "batch", "stack, ms", "network, ms", "one by one, ms", "stack / network", "one by one / network"]
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
-    source = record.provenance("cpu")
+    source = provenance.of_this_process("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     how = f"medians of {ROUNDS} rounds, milliseconds an image, one thread, processor time"
     print(f"\n{how}; {source.processor}; {versions}; {platform.system()}")

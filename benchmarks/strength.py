@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from benchmarks import decoys
 from benchmarks.decoy_defenses import DECOYS
-from robench import attacks, data, record, targets, workbench, zoo
+from robench import attacks, data, provenance, targets, workbench, zoo
 from robench.errors import UserError
 from robench.evaluation import measure
 from robench.files import cache_folder, write_atomic
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except UserError as error:
         raise SystemExit(f"benchmarks: error: {error}") from error
-    source = record.provenance("cpu")
+    source = provenance.of_this_process("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     text = tabulate(table, headers=HEADERS, tablefmt="github", disable_numparse=True)
     text += f"\n\n{options.dataset}, the first {options.n} test images; our AutoAttack in {options.precision}, the rest in float32; "

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks.overhead import narrow_resnet18
-from robench import attacks, data, estimate, noise, record, throughput, training
+from robench import attacks, data, estimate, noise, provenance, throughput, training
 from robench.adversarial import train_step
 from robench.aggregate import mean_of_logits
 from robench.batches import batches
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.equal:
         rows = robust_accuracies(data.load("digits", "train"), data.load("digits", "test"))
         print("\n" + tabulate(rows, headers=["digits, PGD-7, 8 epochs", "clean", "robust, APGD-CE, Linf 48/255"], tablefmt="github"))
-    source = record.provenance("cpu")
+    source = provenance.of_this_process("cpu")
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     print(f"\n{source.processor}; {versions}; {platform.system()}\ncommit {source.commit}")
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, contract, controls, data, parts, record, scoring, targets, zoo
+from robench import attacks, contract, controls, data, parts, provenance, scoring, targets, zoo
 from robench.attacks import Attack, Found
 from robench.cost import Cost, counted
 from robench.data import Dataset, as_float
@@ -125,7 +125,7 @@ def measure(
     contract.check_memory(target, fresh, threat.random_start(first, torch.arange(len(first), device=device), seed, "memory"), draw)
     del fresh
     behaviour = attacked_hash(defense, first, logits, seed)
-    made_by = record.provenance(device)
+    made_by = provenance.of_this_process(device)
     started, given = time.monotonic(), attack
     with counted(defense) as learning, recording(learning):
         attack = fitted(attack, target, dataset, threat, seed=seed, device=device)

@@ -3,22 +3,16 @@
 A record keeps the outcome of every example, so that any two of the same data are compared example by example.
 """
 
-import contextlib
 import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robench.errors import UserError
@@ -28,7 +22,6 @@ from robench.parameters import Value
 from robench.threat import ThreatModel
 
 Scale = Literal["smoke", "cpu", "gpu", "paper"]
-PACKAGES = ("numpy", "robench", "pyautoattack")
 
 
 def _utc(text: str) -> str:
@@ -347,57 +340,3 @@ def _described(made: Provenance) -> str:
     changes = " with uncommitted changes" if made.dirty else ""
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
     return f"commit {made.commit[:12]}{changes} on {made.device} ({made.processor}, threads: {made.threads}; {versions})"
-
-
-def provenance(device: str | torch.device) -> Provenance:
-    """Return the source, library versions and hardware of this process; `device` is what the measurement runs on."""
-    device = torch.device(device)
-    commit, dirty = source_state(Path(__file__).parent)
-    return Provenance(
-        commit=commit,
-        dirty=dirty,
-        versions={"python": platform.python_version(), "torch": str(torch.__version__)} | _versions(),
-        device=str(device),
-        processor=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        threads=torch.get_num_threads(),
-    )
-
-
-def source_state(folder: Path) -> tuple[str, bool]:
-    """Return the git commit of the checkout that tracks `folder`, and whether the checkout differs from it.
-
-    Files in its ``leaderboard`` do not count, since writing a record must not mark the next one. Without a commit, or
-    where `folder` is not tracked (installed inside some other checkout), it is ``("unknown", False)``.
-    """
-    commit = _git(folder, "rev-parse", "HEAD")
-    if not commit or not _git(folder, "ls-files", "--", "."):
-        return "unknown", False
-    return commit, bool(_git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude)leaderboard"))
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    """Return what git prints, or nothing where it fails or is not installed."""
-    # Inside a git hook the GIT_ variables would point git at another checkout.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _versions() -> dict[str, str]:
-    found = dict.fromkeys(PACKAGES, "unknown")
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, data, noise, record, targets
+from robench import attacks, data, noise, provenance, record, targets
 from robench.aggregate import mean_of_logits
 from robench.attacks import Attack
 from robench.data import Dataset, as_float
@@ -304,7 +304,7 @@ def test_results_of_a_model_with_the_same_logits_that_attacks_see_otherwise_are_
     assert len(list((tmp_path / "evaluations").iterdir())) == 2
 
 
-HERE = record.provenance("cpu")
+HERE = provenance.of_this_process("cpu")
 BEFORE = HERE.model_copy(update={"commit": "1" * 40, "dirty": False})
 AFTER = BEFORE.model_copy(update={"commit": "2" * 40, "processor": "another processor"})
 
@@ -312,7 +312,7 @@ AFTER = BEFORE.model_copy(update={"commit": "2" * 40, "processor": "another proc
 @pytest.fixture
 def made_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Provenance], None]:
     """Let what is measured from now on be another process's work."""
-    return lambda made: monkeypatch.setattr(record, "provenance", lambda _device: made)
+    return lambda made: monkeypatch.setattr(provenance, "of_this_process", lambda _device: made)
 
 
 def kept(cache: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,10 @@
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -23,7 +21,6 @@ from robench.record import (
     load_folder,
     robust_estimate,
     save,
-    source_state,
     worst_case,
 )
 
@@ -262,51 +259,3 @@ def test_a_worst_case_is_of_one_subject(make_record: Build, change: dict[str, An
         worst_case([make_record(), make_record(**change)])
     with pytest.raises(UserError, match="not of 0"):
         worst_case([])
-
-
-def test_provenance_says_what_ran_where() -> None:
-    found = records.provenance("cpu")
-    assert found.versions["torch"] == torch.__version__
-    assert {"numpy", "robench", "pyautoattack", "python"} <= found.versions.keys()
-    assert (found.device, found.threads) == ("cpu", torch.get_num_threads())
-    assert found.processor
-    assert found.commit == "unknown" or re.fullmatch("[0-9a-f]{40}", found.commit)
-
-
-def test_the_commit_is_that_of_the_checkout_that_tracks_the_package(tmp_path: Path) -> None:
-    def git(*arguments: str) -> str:
-        identity_settings = [
-            "-c",
-            "user.name=a",
-            "-c",
-            "user.email=a@b",
-            "-c",
-            "commit.gpgsign=false",
-            "-c",
-            "core.hooksPath=/dev/null",
-        ]
-        command = ["git", "-C", str(tmp_path), *identity_settings, *arguments]
-        environment = {"PATH": "/usr/bin:/bin:/usr/local/bin", "HOME": str(tmp_path)}
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
-
-    package, installed = tmp_path / "robench", tmp_path / "venv" / "robench"
-    for folder in (package, installed):
-        folder.mkdir(parents=True)
-        (folder / "record.py").write_text("1")
-    assert source_state(package) == ("unknown", False)  # no checkout
-    git("init", "-q")
-    assert source_state(package) == ("unknown", False)  # no commit
-    (tmp_path / ".gitignore").write_text("venv\n")
-    git("add", ".")
-    git("commit", "-q", "-m", "one")
-    head = git("rev-parse", "HEAD")
-    assert source_state(package) == (head, False)
-    assert source_state(installed) == ("unknown", False)  # inside the checkout, but not of it
-    (tmp_path / "leaderboard").mkdir()
-    (tmp_path / "leaderboard" / "new.json").write_text("{}")
-    assert source_state(package) == (head, False)
-    (package / "plugin.py").write_text("2")
-    assert source_state(package) == (head, True)
-    (package / "plugin.py").unlink()
-    (package / "record.py").write_text("2")
-    assert source_state(package) == (head, True)

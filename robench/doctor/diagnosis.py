@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from robench import console, record
+from robench import console, provenance
 from robench.data import Dataset
 from robench.doctor import attack_checks, contract_checks, gradient_checks
 from robench.doctor.examination import Examination
@@ -136,7 +136,7 @@ def examine(
             findings.append(check(patient))
     return Diagnosis(
         defense_info(target), dataset.name, threat, scale, len(dataset), seed, len(dataset.classes), tuple(findings), patient.clean,
-        patient.strongest(), record.provenance(device),
+        patient.strongest(), provenance.of_this_process(device),
     )  # fmt: skip
 
 
