@@ -111,10 +111,11 @@ def measure(
             other or remembers what it was shown, an attack that leaves the threat model, or an unwritable cache.
     """
     defense = target.defense.to(device).eval()
-    if precision is None or "batch_size" in attack.parameters:
-        reduced = torch.device(device).type == "cuda" and "batch_size" not in attack.parameters
-        precision = "bfloat16" if reduced else "float32"
-    size = int(attack.parameters.get("batch_size") or batch_size or BATCH_SIZE[torch.device(device).type])
+    kind = torch.device(device).type
+    if attack.batch_size:
+        precision = "float32"
+    precision = precision or ("bfloat16" if kind == "cuda" else "float32")
+    size = attack.batch_size or batch_size or BATCH_SIZE[kind]
     state = state_hash(defense)
     targets.check_settled(target, state)
     data.check_labels(dataset.labels, len(dataset.classes))
@@ -221,10 +222,10 @@ def _adversarial(
     """Return what an attack found, the defense's predictions of it (draws, B) as it is, in float32, and what the attack cost.
 
     The attack sees batch norm folded, and computes in the given precision; what fools the defense only so is attacked again as it is.
-    The reference, which takes a batch size, sees the defense as it is.
+    An attack with a batch size of its own sees the defense as it is.
     """
     like, half = Draw(seed, examples[:16]) if defense.random else None, precision == "bfloat16"
-    seen = contextlib.nullcontext(False) if "batch_size" in attack.parameters else folded(defense, x[:16], like)
+    seen = contextlib.nullcontext(False) if attack.batch_size else folded(defense, x[:16], like)
     with seen as other, torch.autocast(x.device.type, torch.bfloat16, enabled=half):
         with counted(defense) as cost, recording(cost):
             found = attack.run(defense, x, y, threat, examples=examples, seed=seed)

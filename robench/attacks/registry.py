@@ -83,6 +83,14 @@ class Attack:
     learnt: Tensor | None = field(default=None, repr=False, compare=False)
     random_version: int | None = None
 
+    @property
+    def batch_size(self) -> int | None:
+        """The images attacked together by an attack whose result depends on it, a parameter of that name; None for any other.
+
+        Such an attack is another's code, and is run as it was published: in float32, on the defense as it is.
+        """
+        return int(size) if (size := self.parameters.get("batch_size")) else None
+
     def version_on(self, random: bool) -> int:
         """Return the version on a random defense or a deterministic one."""
         return self.version if self.random_version is None or not random else self.random_version
