@@ -1,6 +1,6 @@
 """Has the doctor examine every defense of the zoo and keeps what it found in leaderboard/doctor; what is there is left as it is.
 
-python leaderboard/examine_zoo.py [DATASET]        digits unless another is named; training what is not trained
+python leaderboard/examine_zoo.py [DATASET [NAME ...]]        digits and the whole zoo by default; training what is not trained
 """
 
 import sys
@@ -26,14 +26,12 @@ def threat_for(name: str, setting: zoo.Setting) -> ThreatModel:
     return ThreatModel.parse(L2.get(setting.dataset, "L2:0.5") if of_l2 else linf_threat(setting))
 
 
-def main(dataset: str = "digits") -> None:
-    """Examine what was not examined yet."""
+def main(dataset: str = "digits", *names: str) -> None:
+    """Examine what was not examined yet, of these defenses or of all."""
     torch.set_num_threads(1)
     split, scale = data.load(dataset, "test"), workbench.default_scale(dataset)
     setting, examples = targets.setting_for(split, scale, seed=0), split.first(min(len(split), doctor.EXAMPLES))
-    for name, entry in zoo.entries().items():
-        if entry.alias_of:
-            continue
+    for name in names or [name for name, entry in zoo.entries().items() if not entry.alias_of]:
         threat = threat_for(name, setting)
         path = FOLDER / f"{dataset}_{name.replace('_', '-')}.json"
         if path.exists():
