@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +161,20 @@ def test_each_trick_is_found_by_its_check(examine: Examine, networks: list[nn.Mo
     diagnosis = examine(build(networks))
     assert diagnosis.verdict == "likely an artefact"
     assert checks <= set(diagnosis.decided_by)
+
+
+@pytest.mark.parametrize(
+    ("plain", "strong", "state"), [(70, 65, "ok"), (70, 60, "advice"), (70, 36, "advice"), (70, 35, "flagged"), (8, 0, "ok")]
+)
+def test_what_fast_breaks_beyond_pgd_decides_only_where_it_is_most(plain: int, strong: int, state: str) -> None:
+    """An honest network trained against single steps has a gradient that leads PGD astray on a few images, and stays robust."""
+
+    def left(count: int) -> Run:
+        correct = (torch.arange(100) < count).double()
+        return Run(correct, correct, torch.empty(100, 0), LINF)
+
+    patient = SimpleNamespace(defense=SimpleNamespace(random=False), pgd=lambda *_, **__: left(plain), attack=lambda *_: left(strong))
+    assert doctor.state(attack_checks.everyday(patient)) == state
 
 
 def test_noise_that_is_not_declared_is_found_and_averaged_all_the_same(examine: Examine, networks: list[nn.Module]) -> None:
