@@ -166,7 +166,7 @@ def test_each_trick_is_found_by_its_check(examine: Examine, networks: list[nn.Mo
 @pytest.mark.parametrize(
     ("plain", "strong", "state"), [(70, 65, "ok"), (70, 60, "advice"), (70, 36, "advice"), (70, 35, "flagged"), (8, 0, "ok")]
 )
-def test_what_fast_breaks_beyond_pgd_decides_only_where_it_is_most(plain: int, strong: int, state: str) -> None:
+def test_what_another_attack_breaks_beyond_pgd_decides_only_where_it_is_most(plain: int, strong: int, state: str) -> None:
     """An honest network trained against single steps has a gradient that leads PGD astray on a few images, and stays robust."""
 
     def left(count: int) -> Run:
@@ -175,6 +175,8 @@ def test_what_fast_breaks_beyond_pgd_decides_only_where_it_is_most(plain: int, s
 
     patient = SimpleNamespace(defense=SimpleNamespace(random=False), pgd=lambda *_, **__: left(plain), attack=lambda *_: left(strong))
     assert doctor.state(attack_checks.everyday(patient)) == state
+    patient.pgd = lambda _steps, loss="ce": left(plain if loss == "ce" else strong)
+    assert doctor.state(attack_checks.other_loss(patient)) == state
 
 
 def test_noise_that_is_not_declared_is_found_and_averaged_all_the_same(examine: Examine, networks: list[nn.Module]) -> None:

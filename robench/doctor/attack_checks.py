@@ -21,8 +21,8 @@ from robench.threat import ThreatModel
 LEFT = 0.1
 """Robust accuracy that may be left without a bound: a guess among ten classes."""
 MOST = 0.5
-"""Share of what PGD leaves that `fast` must break to call the robustness an artefact: of an honest network, trained against single steps,
-it broke a seventh (10 points), of the decoys that only seem robust nearly all."""
+"""Share of what PGD leaves that another loss or `fast` must break to call the robustness an artefact, not PGD alone weak: of an honest
+network, trained against single steps, `fast` broke a seventh (10 points), of the decoys that only seem robust nearly all."""
 GAIN = 0.1
 """What another loss, more steps, restarts or draws may break without suspicion: honest models on digits lost up to 4 points so."""
 LATE = 0.3
@@ -62,6 +62,13 @@ def _falls(check: str, runs: Mapping[str, Run], more: str, source: str) -> Findi
     rises = any(clearly_lower(weaker.estimate, stronger.estimate) for i, weaker in enumerate(chain) for stronger in chain[i + 1 :])
     values = {name: run.share for name, run in runs.items()}
     return Finding(check, values, rises, f"robust accuracy by {more}; must not rise", source)
+
+
+def _breaks_more(check: str, runs: Mapping[str, Run], meaning: str, source: str) -> Finding:
+    """Say whether the second of two attacks breaks far more than the first; it decides only where that is most of what the first left."""
+    first, second = runs.values()
+    flagged, most = clearly_lower(second.estimate, first.estimate, GAIN), second.share <= (1 - MOST) * first.share
+    return Finding(check, {name: run.share for name, run in runs.items()}, flagged, meaning, source, decisive=most or not flagged)
 
 
 def falls_with_budget(e: Examination) -> Finding:
@@ -106,10 +113,8 @@ def everyday(e: Examination) -> Finding:
     if e.defense.random:
         return skipped("everyday attack", "the defense is random, where one draw a step tells PGD little", EOT)
     plain, strong = min((main_run(e), e.pgd(50, loss="margin")), key=lambda run: run.share), e.attack("fast", attacks.parse("fast"))
-    values, flagged = {"PGD": plain.share, "fast": strong.share}, clearly_lower(strong.estimate, plain.estimate, GAIN)
-    most = strong.share <= (1 - MOST) * plain.share
     meaning = "robust accuracy under PGD on the better loss and under `fast`; if the latter breaks far more, the plain gradient misleads"
-    return Finding("everyday attack", values, flagged, meaning, PINTOR, decisive=most or not flagged)
+    return _breaks_more("everyday attack", {"PGD": plain, "fast": strong}, meaning, PINTOR)
 
 
 def transfer(e: Examination) -> Finding:
@@ -157,11 +162,9 @@ def surrogate(e: Examination) -> Finding:
 
 def other_loss(e: Examination) -> Finding:
     """The margin loss must not break far more than the cross-entropy."""
-    ce, margin = main_run(e), e.pgd(50, loss="margin")
-    values = {"cross-entropy": ce.share, "margin": margin.share}
-    flagged = clearly_lower(margin.estimate, ce.estimate, GAIN)
+    runs = {"cross-entropy": main_run(e), "margin": e.pgd(50, loss="margin")}
     meaning = "robust accuracy under PGD by loss; if the margin breaks far more, the cross-entropy has no useful gradient"
-    return Finding("other loss", values, flagged, meaning, CARLINI)
+    return _breaks_more("other loss", runs, meaning, CARLINI)
 
 
 def optimisation(e: Examination) -> Finding:
