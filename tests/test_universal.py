@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, data, noise, record, targets
+from robench import attacks, data, noise, provenance, targets
 from robench.aggregate import majority_vote, mean_of_logits
 from robench.attacks import Attack
 from robench.attacks.universal import add
@@ -165,7 +165,7 @@ def test_what_learnt_is_part_of_what_made_the_record(tmp_path: Path, monkeypatch
     made = measure(targets.of_module(Digits()), test, threat, attack, cache=tmp_path)
     assert made.other_provenance == []
     later = made.provenance.model_copy(update={"processor": "another processor"})
-    monkeypatch.setattr(record, "provenance", lambda _device: later)
+    monkeypatch.setattr(provenance, "of_this_process", lambda _device: later)
     again = measure(targets.of_module(Digits()), test, threat, attack, cache=tmp_path)
     assert sorted(p.processor for p in (again.provenance, *again.other_provenance)) == sorted(
         p.processor for p in (made.provenance, later)
