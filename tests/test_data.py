@@ -10,17 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from robench import data
-from robench.errors import UserError
-
-
-def refused(call, *arguments, **keywords) -> str:
-    """Return the one-line message of the UserError that the call raises."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **keywords)
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
+from tests.refusal import refused
 
 
 def arrays(n: int = 12, classes: int = 3, seed: int = 0) -> dict[str, np.ndarray]:

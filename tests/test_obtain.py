@@ -15,18 +15,7 @@ import torch
 from PIL import Image
 
 from robench import data, obtain
-from robench.errors import UserError
-
-
-def refused(call, *arguments, **keywords) -> str:
-    """Return the one-line message of the UserError that the call raises."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **keywords)
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
-
+from tests.refusal import refused
 
 # The download
 
