@@ -114,7 +114,7 @@ def test_stays_inside_the_threat_model(name: str, norm: str, budget: str, shape:
 
 
 @pytest.mark.parametrize("name", SLOW)
-@pytest.mark.parametrize("text", ["Linf:0", "Linf:2", "L1:1e-6", "L1:1000"])
+@pytest.mark.parametrize("text", ["Linf:0", "Linf:2", "L2:8/255", "L1:1e-6", "L1:1000"])
 def test_the_reference_stays_inside_the_threat_model(name: str, text: str) -> None:
     """Its own L1 projection leaves the box by rounding; the adapter projects."""
     stays_inside(name, ThreatModel.parse(text), (3, 1, 5, 2))
