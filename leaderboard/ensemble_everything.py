@@ -9,10 +9,11 @@ from pathlib import Path
 from tabulate import tabulate
 
 from robench import zoo
+from robench.accuracies import clean_estimate, robust_estimate
 from robench.claim import discover
 from robench.estimate import Estimate
 from robench.figures import accuracy_curves
-from robench.record import Record, clean_estimate, robust_estimate
+from robench.record import Record
 from robench.settlement import settle_all
 
 SLUG = "ensemble_everything"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from robench import attacks, claim, costs, data, duration, record, remaining, schedule, settlement, targets, zoo
+from robench import accuracies, attacks, claim, costs, data, duration, record, remaining, schedule, settlement, targets, zoo
 from robench.claim import Accuracy, Claim
 from robench.costs import Subject
 from robench.data import Dataset
@@ -158,7 +158,7 @@ class Campaign:
             self._fail(alike, error)
             return True
         record.save(made, self.folder)
-        self.echo(f"[{number}] robust accuracy ≤ {record.robust_estimate(made)}; {duration.written(self.clock() - begun)}")
+        self.echo(f"[{number}] robust accuracy ≤ {accuracies.robust_estimate(made)}; {duration.written(self.clock() - begun)}")
         return True
 
     def _recorded(self, m: Measurement) -> bool:

@@ -7,8 +7,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from tabulate import tabulate
 
 from robench import leaderboard
+from robench.accuracies import clean_estimate, robust_estimate, worst_case
 from robench.estimate import Estimate
-from robench.record import Record, clean_estimate, robust_estimate, worst_case
+from robench.record import Record
 from robench.weights import Config
 from robench.zoo import Entry
 

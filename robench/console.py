@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from robench import controls
+from robench.accuracies import clean_estimate, robust_estimate
 from robench.claim import Claim
 from robench.plugins import Failure
-from robench.record import Proportion, Record, clean_estimate, robust_estimate
+from robench.record import Proportion, Record
 from robench.settlement import Settlement
 from robench.weights import Config
 from robench.zoo import Entry, Paper

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 
 from robench import attacks, claim, leaderboard, record, settlement, verdicts
+from robench.accuracies import clean_estimate, robust_estimate
 from robench.claim import STRONGEST, Accuracy, Claim
 from robench.errors import UserError
-from robench.record import Record, clean_estimate, robust_estimate
+from robench.record import Record
 from robench.workbench import Workbench
 from robench.zoo import entries
 

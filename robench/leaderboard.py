@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
 
+from robench.accuracies import clean_estimate, worst_case
 from robench.controls import failures
 from robench.estimate import Estimate
-from robench.record import Proportion, Record, Scale, clean_estimate, file_name, worst_case
+from robench.record import Proportion, Record, Scale, file_name
 from robench.threat import ThreatModel
 
 NOTE = (

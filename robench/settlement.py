@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from robench import attacks, record, zoo
+from robench import accuracies, attacks, zoo
 from robench.claim import (
     SOUND,
     STATUS_OF,
@@ -136,12 +136,12 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
     unfinished: list[bool] = []
     for coefficient, accuracy, every_attack in terms:
         if accuracy.threat is None:
-            estimates = strongest = [record.clean_estimate(records[0]) for records in every_attack]
+            estimates = strongest = [accuracies.clean_estimate(records[0]) for records in every_attack]
             may_fall = False
         else:
             per_seed = _equally_attacked(every_attack, robust_terms)
-            estimates = [record.robust_estimate(records[0]) for records in per_seed]
-            strongest = [record.worst_case(records)[0] for records in per_seed]
+            estimates = [accuracies.robust_estimate(records[0]) for records in per_seed]
+            strongest = [accuracies.worst_case(records)[0] for records in per_seed]
             used |= {r.attack.name for records in per_seed for r in records}
             may_fall = not all(tried(accuracy, scale, records) for records in per_seed)
         own.append((coefficient, over_seeds(estimates) if seeds > 1 else estimates[0]))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from robench import attacks, console, demo, record, zoo
+from robench import accuracies, attacks, console, demo, record, zoo
 from robench.cli import main
 from robench.record import Record
 
@@ -167,8 +167,8 @@ def test_evaluate_prints_what_the_record_says(evaluate: Robench, tmp_path: Path)
     assert (made.seed, made.threat, made.dataset.n, made.scale) == (3, "L2:0.5", 20, "smoke")
     assert (made.defense.name, made.defense.origin) == ("models.py:build", "file")
     facts = dict(line.split("  ", 1) for line in result.stdout.splitlines())
-    assert facts["clean accuracy"].strip() == str(record.clean_estimate(made))
-    assert facts["robust accuracy"].strip() == f"≤ {record.robust_estimate(made)}"
+    assert facts["clean accuracy"].strip() == str(accuracies.clean_estimate(made))
+    assert facts["robust accuracy"].strip() == f"≤ {accuracies.robust_estimate(made)}"
     assert facts["cost per image"].strip().startswith(f"{made.cost.forwards:.1f} forwards, {made.cost.backwards:.1f} backwards")
     assert "20/20 examples" in result.stderr
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
 
-from robench import record, weights
+from robench import accuracies, record, weights
 from robench.cli import main
 from robench.record import Record
 from tests.fake_hub import TOKEN, FakeHub
@@ -159,10 +159,10 @@ def test_the_card_has_the_records_numbers_and_says_upper_bound(robench: Robench,
     assert values["robust accuracy, upper bound: apgd-ce within Linf:16/255"] == 0.0
     assert values["robust accuracy, upper bound: pgd-3 within Linf:16/255"] == trained.robust_accuracy.value
     assert values["clean accuracy"] == trained.clean_accuracy.value
-    robust, clean = record.robust_estimate(trained), record.clean_estimate(trained)
+    robust, clean = accuracies.robust_estimate(trained), accuracies.clean_estimate(trained)
     rows = [" ".join(line.split()) for line in card.text.splitlines() if "Linf" in line]
     assert f"| Linf:16/255 | `pgd-3` | 40 | {clean} | ≤ {robust} |" in rows
-    assert f"| Linf:16/255 | the worst of these on each example | 40 | | ≤ {record.robust_estimate(strong)} |" in rows
+    assert f"| Linf:16/255 | the worst of these on each example | 40 | | ≤ {accuracies.robust_estimate(strong)} |" in rows
     assert "Robust accuracy is an upper bound" in card.text
     assert "```bibtex\n@misc{tiny, title = {A tiny paper}}\n```" in card.text
     assert trained.defense.weights_sha256 in card.text

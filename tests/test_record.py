@@ -10,19 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from robench import record as records
+from robench.accuracies import clean_estimate, robust_estimate, worst_case
 from robench.errors import UserError
-from robench.record import (
-    Proportion,
-    Record,
-    clean_estimate,
-    file_name,
-    identity,
-    load,
-    load_folder,
-    robust_estimate,
-    save,
-    worst_case,
-)
+from robench.record import Proportion, Record, file_name, identity, load, load_folder, save
 
 Build = Callable[..., Record]
 
