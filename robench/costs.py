@@ -8,16 +8,19 @@ from robench.attacks import Attack
 from robench.record import Record
 
 PASSES = {
-    "fast": 100, "adaptive": 4000, "universal": 100, "autoattack": 4000, "pyautoattack": 4000,
-    "autoattack-rand": 6000, "pyautoattack-rand": 6000,
+    "fast": (100, 1100), "adaptive": (1000, 2400), "universal": (100, 400), "autoattack": (4000, 16000), "pyautoattack": (4000, 16000),
+    "autoattack-rand": (6000, 6000), "pyautoattack-rand": (6000, 6000),
 }  # fmt: skip
-"""Passes per image and member, forwards and backwards, of attacks made of several, on defenses that withstand about half."""
+"""Passes per image and member, forwards and backwards, of attacks made of several, on deterministic and on random defenses.
+
+About the medians of the committed records, where there are some.
+"""
 
 SECONDS = {
-    "cpu": {"smoke": 1e-4, "cpu": 1e-3, "gpu": 2e-2, "paper": 2e-1},
-    "cuda": {"smoke": 1e-5, "cpu": 1e-5, "gpu": 5e-5, "paper": 1e-3},
+    "cpu": {"smoke": 2.5e-4, "cpu": 5e-4, "gpu": 2e-2, "paper": 2e-1},
+    "cuda": {"smoke": 1e-5, "cpu": 5e-5, "gpu": 3e-4, "paper": 1e-3},
 }
-"""Seconds of one image's pass through one member, by device and scale, where nothing was measured yet."""
+"""Seconds of one image's pass through one member, by device and scale, where nothing was measured yet; likewise."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def seconds_per_pass(name: str, records: Sequence[Record], device: str, scale: s
 def guessed_passes(attack: Attack, random: bool) -> float:
     """Return a guess of an attack's passes per image and member: two for each step, restart, draw and target, one for each query."""
     if attack.name in PASSES:
-        return PASSES[attack.name] * (4 if random and not attack.name.endswith("-rand") else 1)
+        return PASSES[attack.name][random]
     counts = {key: value for key, value in attack.parameters.items() if isinstance(value, int) and not isinstance(value, bool)}
     repeats = 1
     for key in ("restarts", "draws", "targets"):
