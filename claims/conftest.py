@@ -119,7 +119,7 @@ def settle_case(
         except _MissingError as missing:
             pytest.skip(str(missing))
         except UnsettledError as error:
-            pytest.fail(f"{case.claim.name} on {dataset}: {error.args[0]}", pytrace=False)
+            pytest.fail(f"{case.claim.name} on {dataset}: {error.args[0]}; --fresh measures all of it anew", pytrace=False)
         request.config.stash[SETTLED].append(settlement)
         _compare(settlement)
 

@@ -3,6 +3,7 @@
 `python leaderboard/render.py` writes them to leaderboard/ensemble_everything.md and leaderboard/figures.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -94,9 +95,9 @@ def _readings(r: Record) -> tuple[str, str, str]:
 def ablation_table(records: Iterable[Record]) -> str:
     """Return clean and robust accuracy of each ablation under direct PGD and under transfer from the mean of the heads."""
     by_name: dict[str, dict[str, Record]] = {}
-    for r in _of(records, PART):
-        if r.attack.name in ("pgd-20", "mean-transfer-40") and r.attack.parameters.get("draws") == 1:
-            by_name.setdefault(r.defense.name, {})[r.attack.name] = r
+    shown = [r for r in records if r.attack.name in ("pgd-20", "mean-transfer-40") and r.attack.parameters.get("draws") == 1]
+    for r in _of(shown, PART):
+        by_name.setdefault(r.defense.name, {})[r.attack.name] = r
     rows = []
     for name, found in sorted(by_name.items()):
         settings = dict(part.split("=") for part in name.split(",")[1:])
@@ -112,11 +113,10 @@ def layers(records: Iterable[Record]) -> dict[str, list[tuple[float, Estimate]]]
     """Return, for clean images, an attack on the last layer and one on itself, each layer's accuracy."""
     found: dict[str, dict[int, Estimate]] = {"clean images": {}, "attack on the last layer": {}, "attack on the layer itself": {}}
     kinds = {"predictor-transfer-20": "attack on the last layer", "pgd-20": "attack on the layer itself"}
-    for r in _of(records, LAYER):
-        if r.attack.name in kinds:
-            number = int(dict(part.split("=") for part in r.defense.name.split(",")[1:])["layer"])
-            found["clean images"][number] = clean_estimate(r)
-            found[kinds[r.attack.name]][number] = robust_estimate(r)
+    for r in _of([r for r in records if r.attack.name in kinds], LAYER):
+        number = int(dict(part.split("=") for part in r.defense.name.split(",")[1:])["layer"])
+        found["clean images"][number] = clean_estimate(r)
+        found[kinds[r.attack.name]][number] = robust_estimate(r)
     # Below the last tap come the pooled features and the backbone's own prediction.
     return {kind: [(float(n), e) for n, e in sorted(by.items())] for kind, by in found.items() if by}
 
@@ -164,10 +164,19 @@ def attack_text(r: Record) -> str:
 
 
 def _of(records: Iterable[Record], name: str) -> list[Record]:
-    """Return the records of a defense of the zoo with its default parameters, or for an ablation or a layer with any."""
-    if name == TARGET:
-        return [r for r in records if r.defense.name == zoo.parse(TARGET).text]
-    return [r for r in records if r.defense.name.partition(",")[0] == name]
+    """Return the records of a defense of the zoo with its default parameters, or for an ablation or a layer with any.
+
+    They are of one trained copy of each, the one with most records.
+    """
+
+    def copy(r: Record) -> tuple[object, ...]:
+        return (r.defense.name, r.defense.version, r.defense.training_seed, r.defense.weights_sha256)
+
+    full = zoo.parse(TARGET).text
+    named = [r for r in records if (r.defense.name == full if name == TARGET else r.defense.name.partition(",")[0] == name)]
+    # The rarer copies of a defense come first, and so give way.
+    chosen = {found[0]: found for found, _ in reversed(Counter(map(copy, named)).most_common())}
+    return [r for r in named if chosen[r.defense.name] == copy(r)]
 
 
 def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:

@@ -110,6 +110,7 @@ class Campaign:
         started = self.clock()
         self.bench.stop = lambda: self.budget is not None and self.clock() - started >= self.budget
         aims = goals(self.plan, self.bench)
+        self._forget_mixed(aims)
         wanted = schedule.merged([*(m for goal in aims for m in goal.needs), *asked_for(self.plan)])
         missing = [m for m in wanted if not self._recorded(m)]
         settled = [goal for goal in aims if self._complete(goal)]
@@ -118,7 +119,7 @@ class Campaign:
             self.echo(f"nothing to do: all {len(wanted)} measurements of the plan are recorded{claims}")
             return 0
         self.echo(f"{len(wanted) - len(missing)} of {len(wanted)} measurements recorded{claims}")
-        while missing := [m for m in missing if m not in self._failed and not self._recorded(m)]:
+        while missing := [m for m in wanted if m not in self._failed and not self._recorded(m)]:
             work = self._work(missing)
             open_needs = {str(goal): [m for m in goal.needs if not self._recorded(m)] for goal in aims}
             ordered = schedule.order(work, open_needs)
@@ -128,6 +129,7 @@ class Campaign:
                     f"about {duration.written(60 * schedule.minutes(work, work))}; the same command goes on from here"
                 )
                 break
+            self._forget_mixed(aims)
             for goal in [goal for goal in aims if goal not in settled and self._complete(goal)]:
                 settled.append(goal)
                 self.echo(f"settled {len(settled)} of {len(aims)}: {self._verdict(goal)}")
@@ -160,6 +162,15 @@ class Campaign:
         record.save(made, self.folder)
         self.echo(f"[{number}] robust accuracy ≤ {accuracies.robust_estimate(made)}; {duration.written(self.clock() - begun)}")
         return True
+
+    def _forget_mixed(self, aims: Sequence[Goal]) -> None:
+        """Have measured again what cannot settle a claim, since it is of other weights than the rest."""
+        for goal in aims:
+            groups: dict[str, list[tuple[str, str, str, int]]] = {}
+            for m in goal.needs:
+                groups.setdefault("" if goal.claim.one_network else m.defense, []).append((m.defense, m.threat, m.attack, m.seed))
+            for needs in groups.values():
+                self.bench.forget_mixed(needs)
 
     def _recorded(self, m: Measurement) -> bool:
         return self.bench.has(m.defense, m.threat, m.attack, m.seed, m.n)

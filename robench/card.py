@@ -68,8 +68,8 @@ def _numbers(records: Sequence[Record]) -> str:
         for r in same:
             attack = f"`{r.attack.name}`" + (f" ({r.partial})" if r.partial else "")
             rows.append([threat, attack, r.dataset.n, clean_estimate(r), f"≤ {robust_estimate(r)}"])
-        # A worst case is over one scale.
-        if len(same) > 1 and len({r.scale for r in same}) == 1:
+        # A worst case is over the same images.
+        if len(same) > 1 and len({r.dataset.fingerprint for r in same}) == 1:
             worst, _ = worst_case(same)
             rows.append([threat, "the worst of these on each example", worst.n, "", f"≤ {worst}"])
     headers = ["threat model", "attack", "n", "clean accuracy", "robust accuracy (upper bound)"]

@@ -171,6 +171,7 @@ class Claim:
         expect: of the quantity.
         tolerance: a share; an interval of more than this to either side cannot settle the claim.
         trials: the data sets it is tested on.
+        one_network: whether it compares ways to use the same trained weights.
         first_above: of a claim that one accuracy is some times another, ``a - 17 b`` near 0, which 0 and 0 would meet: what the first
             must exceed, a share.
     """
@@ -183,6 +184,7 @@ class Claim:
     expect: Expectation
     tolerance: float
     trials: tuple[Trial, ...]
+    one_network: bool = False
     first_above: float | None = None
 
     def trial(self, dataset: str, scale: Scale | None = None) -> Trial:

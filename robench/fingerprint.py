@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,8 @@ def reference_logits(module: nn.Module, dataset: Dataset) -> Tensor:
 def attacked_hash(defense: Defense, x: Tensor, logits: Tensor, seed: int) -> str:
     """Return a hash of what an attack sees of a defense at images (B, C, H, W): two that differ in it must not share results.
 
-    Its logits, its predictors' logits, and on the CPU the gradients of both, those of declared surrogates too. A GPU's gradients
-    differ in their last bits from run to run.
+    Which modules are its members, its logits, its predictors' logits, those of nested defenses' own predictors, and on the CPU the
+    gradients of all, those of declared surrogates too. A GPU's gradients differ in their last bits from run to run.
 
     Args:
         defense: in evaluation mode.
@@ -57,22 +58,30 @@ def attacked_hash(defense: Defense, x: Tensor, logits: Tensor, seed: int) -> str
     """
     draw = noise.Draw(seed, torch.arange(len(x), device=x.device)) if defense.random else None
     with torch.no_grad():
-        seen = [logits, defense.predictors(x, draw).float()]
+        seen = [logits, *(forward(x, draw).float() for forward in _told(defense))]
     if x.device.type == "cpu":
         seen += _gradients(defense, x, draw)
         if declares(defense):
             with active():
                 seen += _gradients(defense, x, draw)
-    return hashlib.sha256(b"".join(tensor.cpu().contiguous().numpy().tobytes() for tensor in seen)).hexdigest()
+    names = {module: name for name, module in defense.named_modules()}
+    members = [names.get(member, "") for member in defense.members()]
+    values = b"".join(tensor.cpu().contiguous().numpy().tobytes() for tensor in seen)
+    return hashlib.sha256(f"{members}".encode() + values).hexdigest()
+
+
+def _told(defense: Defense) -> list[Callable[[Tensor, noise.Draw | None], Tensor]]:
+    """Return the forwards that a defense tells of its structure."""
+    return [defense.predictors, *([defense.innermost] if defense.nested else [])]
 
 
 @torch.enable_grad()
 def _gradients(defense: Defense, x: Tensor, draw: noise.Draw | None) -> list[Tensor]:
-    """Return the images' gradients of the predictors' and of the defense's logits; none from code that cannot be run with one."""
+    """Return the images' gradients of what the defense tells and of its logits; none from code that cannot be run with one."""
     found = []
     try:
         with frozen(defense):
-            for forward in (defense.predictors, defense):
+            for forward in [*_told(defense), defense.__call__]:
                 point = x.clone().requires_grad_()
                 # A variance weighs the classes differently, where their sum would cancel.
                 found.append(image_gradient(forward(point, draw).float().var(-1), point, as_is=True))

@@ -93,8 +93,12 @@ def push(config: Config, content: bytes, records: Sequence[Record], place: str, 
 
 
 def belonging(records: Sequence[Record], config: Config) -> list[Record]:
-    """Return the records of exactly these weights."""
-    return [r for r in records if (r.defense.name, r.defense.weights_sha256) == (config.defense, config.weights_sha256)]
+    """Return the records of exactly these weights, as the defense is now and on the data set that it was trained for."""
+    wanted = (config.defense, config.version, config.weights_sha256, config.seed, config.dataset, config.scale)
+    return [
+        r for r in records
+        if (r.defense.name, r.defense.version, r.defense.weights_sha256, r.defense.training_seed, r.dataset.name, r.scale) == wanted
+    ]  # fmt: skip
 
 
 def pull(place: str, *, cache: Path, progress: Progress = lambda _line: None) -> Pulled:

@@ -108,7 +108,7 @@ def recorded(
         clean_accuracy=record.Proportion.of(clean_estimate),
         robust_accuracy=record.Proportion.of(robust_estimate),
         cost=record.CostPerImage(forwards=spent.forwards / n, backwards=spent.backwards / n),
-        stages={name: sum(c.stages[name] for c in chunks) for name in chunks[0].stages},
+        stages=_summed([c.stages for c in chunks]),
         outcomes=record.Outcomes(clean=clean.mean(0).tolist(), robust=robust.mean(0).tolist()),
         random_score=_random_score(robust, robust_classes, labels, len(dataset.classes), chunks) if target.defense.random else None,
         controls=control,
@@ -138,9 +138,21 @@ def _random_score(correct: Any, classes: Any, labels: Any, count: int, chunks: l
     def share(values: Any) -> record.Proportion:
         return record.Proportion.of(Estimate.of(np.asarray(values, dtype=float)))
 
-    own = {stage: sum(c.counted[stage] for c in chunks) for stage in chunks[0].counted}
+    own = _summed([c.counted for c in chunks])
     standing = np.arange(len(labels)) < list(own.values())[-1] if own else None
     return record.RandomScore(
         draws=len(correct), mean=share(correct.mean(0)), majority=share(votes.argmax(0) == labels), worst=share(correct.all(0)),
         own_count=None if standing is None else share(standing), own_stages=own,
     )  # fmt: skip
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Return each stage's count over all chunks, in the order run: an attack spends some stages on what needs them alone."""
+    order: list[str] = []
+    for names in counts:
+        place = 0
+        for name in names:
+            if name not in order:
+                order.insert(place, name)
+            place = order.index(name) + 1
+    return {name: sum(some.get(name, 0) for some in counts) for name in order}

@@ -24,6 +24,7 @@ from robench.claim import (
     discover,
     held_against,
 )  # fmt: skip
+from robench.controls import failures
 from robench.estimate import Estimate, contrast, over_seeds
 from robench.record import Record
 from robench.threat import ThreatModel
@@ -109,7 +110,8 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
     """Measure a claim's quantity and return what it came to.
 
     A robust accuracy that was not put to all attacks that its scale holds claims against (`claim.held_against`), on as many examples as
-    the paper's, may still fall as far as 0: the status is open unless it is the same at either end.
+    the paper's and with none of their controls failed, may still fall as far as 0: the status is open unless it is the same at either
+    end. The strongest attacks count on the paper's examples alone.
 
     Args:
         claim: the claim.
@@ -127,7 +129,7 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
         if not all(per_seed):
             raise UnsettledError(f"no record of {Quantity(((1.0, accuracy),))} at scale {scale}")
     for seed in range(seeds):
-        _of_one_training([(accuracy, per_seed[seed]) for _, accuracy, per_seed in terms])
+        _of_one_training([(accuracy, per_seed[seed]) for _, accuracy, per_seed in terms], claim.one_network)
     _of_the_same_images([(accuracy, per_seed) for _, accuracy, per_seed in terms])
     robust_terms = [per_seed for _, accuracy, per_seed in terms if accuracy.threat is not None]
     own: list[tuple[float, Estimate]] = []
@@ -141,7 +143,7 @@ def settle(claim: Claim, dataset: str, scale: Scale, find: Find, seeds: int = 1)
         else:
             per_seed = _equally_attacked(every_attack, robust_terms)
             estimates = [accuracies.robust_estimate(records[0]) for records in per_seed]
-            strongest = [accuracies.worst_case(records)[0] for records in per_seed]
+            strongest = [accuracies.worst_case(records, records[0].dataset.n)[0] for records in per_seed]
             used |= {r.attack.name for records in per_seed for r in records}
             may_fall = not all(tried(accuracy, scale, records) for records in per_seed)
         own.append((coefficient, over_seeds(estimates) if seeds > 1 else estimates[0]))
@@ -167,22 +169,33 @@ def _verdict(terms: Sequence[tuple[float, Estimate]], first: tuple[float, Estima
 
 
 def tried(accuracy: Accuracy, scale: Scale, records: Sequence[Record]) -> bool:
-    """Return whether records put an accuracy to every attack it is held against, on as many examples as the first, the paper's."""
-    ran = [(r.attack.name, r.attack.parameters) for r in records if r.dataset.n >= records[0].dataset.n]
+    """Return whether records put an accuracy to every attack it is held against, on as many examples as the first, the paper's.
+
+    An attack that fails a control was not tried: it may have had no gradient to follow.
+    """
+    ran = [(r.attack.name, r.attack.parameters) for r in records if r.dataset.n >= records[0].dataset.n and not failures(r)]
     needed = map(attacks.parse, held_against(accuracy, scale, records[0].defense.random))
     return all((attack.name, dict(attack.parameters)) in ran for attack in needed)
 
 
-def _of_one_training(terms: Sequence[tuple[Accuracy, list[Record]]]) -> None:
-    """Put the clean record of the weights first whose robustness is measured, and make sure that a defense has one set of them."""
+def _of_one_training(terms: Sequence[tuple[Accuracy, list[Record]]], one_network: bool) -> None:
+    """Put the clean record of the weights first whose robustness is measured, and make sure that a defense has one set of them.
+
+    Where the claim is about `one_network`, all its defenses have.
+    """
+
+    def network(accuracy: Accuracy) -> str:
+        return "" if one_network else accuracy.defense
+
     weights: dict[str, str] = {}
     for accuracy, records in terms:
         if accuracy.threat is not None:
             found = records[0].defense.weights_sha256
-            if weights.setdefault(accuracy.defense, found) != found:
-                raise UnsettledError(f"the records of {accuracy.defense} are of different weights, at one budget and another")
+            if weights.setdefault(network(accuracy), found) != found:
+                elsewhere = "another defense that is to share them" if one_network else "at one budget and another"
+                raise UnsettledError(f"the records of {accuracy.defense} are of different weights, {elsewhere}")
     for accuracy, records in terms:
-        if accuracy.threat is None and (wanted := weights.get(accuracy.defense)):
+        if accuracy.threat is None and (wanted := weights.get(network(accuracy))):
             records.sort(key=lambda r: r.defense.weights_sha256 != wanted)
             if records[0].defense.weights_sha256 != wanted:
                 raise UnsettledError(f"no clean accuracy of {accuracy.defense} is of the weights whose robust accuracy is recorded")
@@ -206,13 +219,15 @@ def _equally_attacked(term: list[list[Record]], terms: list[list[list[Record]]])
     Of two defenses the one that fewer attacks were run on would look the stronger. Random and deterministic defenses are attacked
     in different ways, so each kind is compared within itself.
     """
-
-    def attack(r: Record) -> tuple[object, ...]:
-        # Run on more examples, it is more of an attack.
-        return (r.attack.name, r.dataset.n, *sorted((key, str(value)) for key, value in r.attack.parameters.items()))
-
     random, threat = term[0][0].defense.random, term[0][0].threat
     alike = [records for other in terms for records in other if (records[0].defense.random, records[0].threat) == (random, threat)]
+    most = max(records[0].dataset.n for records in alike)
+
+    def attack(r: Record) -> tuple[object, ...]:
+        # Run on more of the examples compared, or from another seed, it is more of an attack.
+        parameters = sorted((key, str(value)) for key, value in r.attack.parameters.items())
+        return (r.attack.name, r.seed, min(r.dataset.n, most), *parameters)
+
     common = set.intersection(*({attack(r) for r in records} for records in alike))
     return [[records[0], *(r for r in records[1:] if attack(r) in common)] for records in term]
 

@@ -55,6 +55,7 @@ class Workbench:
     stop: Callable[[], bool] = lambda: False
     _targets: dict[tuple[str, int], Target] = field(default_factory=dict, repr=False)
     _random: dict[str, bool] = field(default_factory=dict, repr=False)
+    _weights: dict[tuple[str, int], str] = field(default_factory=dict, repr=False)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -90,12 +91,12 @@ class Workbench:
 
     def has(self, name: str, threat: str, attack: str, seed: int = 0, n: int | None = None) -> bool:
         """Return whether a known record measures a defense under an attack, on `n` examples (by default those wanted) or on all."""
-        known = settlement.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
+        known = self._known(name, threat, attack, seed)
         return bool(known) and self._enough(known[0], n)
 
     def measured(self, name: str, threat: str, attack: str, seed: int = 0, n: int | None = None) -> Record:
         """Return the record of a defense under an attack, measuring it if there is none on `n` examples (by default those wanted)."""
-        known = settlement.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
+        known = self._known(name, threat, attack, seed)
         if known and self._enough(known[0], n):
             return known[0]
         examples = self._split.first(min(len(self._split), self.wanted if n is None else n))
@@ -103,7 +104,10 @@ class Workbench:
             self.target(name, seed), examples, ThreatModel.parse(threat), attacks.parse(attack), batch_size=self.batch_size,
             device=self.device, scale=self.scale, cache=self.cache, progress=self.progress, stop=self.stop,
         )  # fmt: skip
+        # Written, it takes the place of one of the same name, though that be of other weights.
+        self.records[:] = [r for r in self.records if record.file_name(r) != record.file_name(made)]
         self.records.append(made)
+        self._weights[made.defense.name, seed] = made.defense.weights_sha256
         if self.keep is not None:
             record.save(made, self.keep)
         return made
@@ -146,9 +150,27 @@ class Workbench:
             # Without the data nobody knows of fewer.
             return False
 
+    def forget_mixed(self, needs: Sequence[tuple[str, str, str, int]]) -> None:
+        """Forget the records of `needs` (defense, threat, attack, seed) if they are of different weights: none of them settles another.
+
+        Those of weights that something was measured of here are kept, so that measuring the rest makes them all of these.
+        """
+        found = [known[0] for name, threat, attack, seed in needs if (known := self._known(name, threat, attack, seed))]
+        if len({r.defense.weights_sha256 for r in found}) > 1:
+            kept = [self._weights.get((r.defense.name, r.defense.training_seed)) for r in found]
+            gone = {id(r) for r, own in zip(found, kept, strict=True) if r.defense.weights_sha256 != own}
+            self.records[:] = [r for r in self.records if id(r) not in gone]
+
+    def _known(self, name: str, threat: str, attack: str, seed: int) -> list[Record]:
+        return settlement.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
+
     def find(self, accuracy: Accuracy, seed: int) -> Sequence[Record]:
         """Return the records of an accuracy, measuring what it needs and is missing."""
         if not self.settled_by_records(accuracy, seed):
-            for name, threat, attack in self.needed(accuracy):
-                self.measured(name, threat, attack, seed)
+            needed = self.needed(accuracy)
+            # What is recorded may be of other weights than what is measured, and is measured again then.
+            for _ in range(2):
+                for name, threat, attack in needed:
+                    self.measured(name, threat, attack, seed)
+                self.forget_mixed([(*need, seed) for need in needed])
         return settlement.matching(self.records, accuracy, self.dataset_name, self.scale, seed)

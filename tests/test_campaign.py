@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from robench import plan, record
+from robench import claim, plan, record, zoo
 from robench.campaign import Campaign, goals
+from robench.claim import Claim, Trial
 from robench.workbench import Workbench
 
 PLAN = """
@@ -25,6 +26,9 @@ defenses = ["natural"]
 threats = ["Linf:16/255"]
 attacks = ["fgsm", "pgd-3"]
 """
+
+
+PAPER = zoo.entries()["natural"].paper
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,24 @@ def test_a_claim_needs_the_papers_attack_and_the_strongest_on_every_term(tmp_pat
     assert by_name["clean-ensemble-falls"] == {
         "ensemble2 under pgd-adam-50 within Linf:48/255, n=40", "ensemble2 under apgd-t,steps=20,targets=2 within Linf:48/255, n=40",
     }  # fmt: skip
+
+
+def test_records_of_several_weights_are_made_again_for_a_claim(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of these the claim could not be settled, though every measurement was recorded."""
+    monkeypatch.setitem(claim.STRONGEST, "smoke", (("fgsm",), ("fgsm",)))
+    trial = Trial("digits", claim.robust("natural", "Linf:16/255", "pgd-3"), scales=("smoke",))
+    one = Claim("one", PAPER, "It falls.", "Table 1", "0", claim.below(0.9), 0.5, (trial,))
+    monkeypatch.setattr(claim, "discover", lambda: [one])
+    text = 'dataset = "digits"\nscale = "smoke"\nn = 40\nclaims = true\n'
+    first, lines = campaign(tmp_path, cache, text)
+    assert first.run() == 0
+    made = record.load_folder(tmp_path / "records")
+    foreign = made[0].model_copy(update={"defense": made[0].defense.model_copy(update={"weights_sha256": "0" * 64})})
+    record.save(foreign, tmp_path / "records")
+    second, lines = campaign(tmp_path, cache, text)
+    assert second.run() == 0
+    assert lines[0] == "0 of 2 measurements recorded, 0 of 1 claims settled"
+    assert record.load_folder(tmp_path / "records") == made
 
 
 def comparable(folder: Path) -> list[dict[str, Any]]:

@@ -275,6 +275,60 @@ def test_only_the_attacks_of_the_scale_settle_on_as_many_examples(make_record: B
     assert status(other("attack-2"), other(n=500)) == "holds"
 
 
+def test_an_attack_that_failed_its_controls_was_not_tried(make_record: Build, made_up: Callable[..., None]) -> None:
+    """A defense that gives back no gradient withstands every attack that follows one."""
+    made_up("pgd-20", "pgd-20")
+    quantity = a_claim(robust("a", THREAT, "attack-0"), above(0.3))
+
+    def status(random: bool = False, **changes: Any) -> str:
+        defense = {"name": "a", "random": random}
+        own, other = (make_record(fractions(0.6), defense=defense, attack={"name": name}, **changes) for name in ("attack-0", "pgd-20"))
+        ran = {"parameters": dict(attacks.parse("pgd-20").parameters)}
+        other = other.model_copy(update={"attack": other.attack.model_copy(update=ran)})
+        return settle(quantity, "digits", "smoke", Shelf({("a", 0): [own, other]})).status
+
+    assert status() == "holds"
+    assert status(cost={"forwards": 9.0, "backwards": 0.0}) == "open"
+    assert status(random=True) == "holds"
+    left = dict.fromkeys(
+        (f"{budget}: {reading} accuracy" for budget in ("tiny budget", "unbounded") for reading in ("robust", "clean")), 0.9
+    )
+    assert status(random=True, controls=left) == "open"
+
+
+def test_an_attack_on_more_images_counts_on_the_papers_alone(make_record: Build, made_up: Callable[..., None]) -> None:
+    """Beyond them the stronger attacks were not run."""
+    own, strong = (make_record(fractions(0.1), defense={"name": "a"}, attack={"name": f"attack-{i}"}) for i in range(2))
+    weak = make_record(fractions(0.9, 4000), defense={"name": "a"}, attack={"name": "attack-2"})
+    for records in ([own, strong], [own, strong, weak]):
+        settled = settle(a_claim(robust("a", THREAT, "attack-0"), below(0.3)), "digits", "smoke", Shelf({("a", 0): records}))
+        assert (settled.strongest.n, settled.status) == (400, "holds")
+
+
+def test_more_seeds_of_an_attack_on_one_defense_do_not_count_against_it(make_record: Build, made_up: Callable[..., None]) -> None:
+    def outcomes(seed: int) -> list[float]:
+        # Each seed breaks another tenth of the images.
+        return [0.0 if i % 10 == seed else 1.0 for i in range(400)]
+
+    def made(name: str, seed: int, attack: str = "attack-1") -> Record:
+        return make_record(outcomes(seed), defense={"name": name}, attack={"name": attack}, seed=seed)
+
+    records = {(name, 0): [made(name, 0, "attack-0"), made(name, 0)] for name in ("a", "b")}
+    records["a", 0] += [made("a", seed) for seed in range(1, 6)]
+    settled = settle(a_claim(better(), above(-0.05)), "digits", "smoke", Shelf(records))
+    assert (settled.strongest.value, settled.status) == (0.0, "holds")
+
+
+def test_a_claim_about_one_network_needs_the_same_weights_in_all_its_defenses(make_record: Build, made_up: Callable[..., None]) -> None:
+    records = {
+        (name, 0): [make_record(fractions(0.5), defense={"name": name, "weights_sha256": digit * 64})]
+        for name, digit in (("a", "1"), ("b", "2"))
+    }
+    assert settle(a_claim(better()), "digits", "smoke", Shelf(records)).claim.one_network is False
+    with pytest.raises(LookupError, match="the records of b are of different weights, another defense that is to share them"):
+        settle(replace(a_claim(better()), one_network=True), "digits", "smoke", Shelf(records))
+
+
 def test_a_factor_between_two_accuracies_of_nothing_is_not_reproduced(make_record: Build, made_up: Callable[..., None]) -> None:
     quantity = robust("a", THREAT, "attack-0") - robust("b", THREAT, "attack-0") * 17
     made = replace(a_claim(quantity, near(0.0, 0.5), tolerance=0.5), first_above=0.05)

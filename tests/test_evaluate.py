@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robench import attacks, data, noise, provenance, record, targets
 from robench.aggregate import mean_of_logits
 from robench.attacks import Attack
+from robench.attacks.registry import Found
 from robench.data import Dataset, as_float
 from robench.defense import Defense, Ensemble, Plain
 from robench.errors import UserError
@@ -143,6 +144,18 @@ def test_a_record_tells_what_each_stage_was_the_first_to_fool() -> None:
     assert list(made.stages) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert sum(made.stages.values()) == sum(made.outcomes.clean) - sum(made.outcomes.robust) > 0
     assert made.stages["apgd-ce"] > 0
+
+
+def test_a_stage_that_not_all_batches_need_is_counted_in_its_place() -> None:
+    """`fast` smooths and looks within only where an image calls for it, so that batches have other stages."""
+    calls = iter([["first", "last"], ["first", "rare", "last"], ["first", "last"]])
+
+    def spend(_defense: Defense, x: Tensor, _y: Tensor, _threat: ThreatModel, **_other: Any) -> Found:
+        return Found(x.clone(), {name: torch.ones(len(x), dtype=torch.bool) for name in next(calls)})
+
+    attack = Attack(name="spends", version=1, parameters={}, function=spend)
+    made = measure(targets.of_module(linear(), "model"), examples(30), LINF, attack, batch_size=10)
+    assert list(made.stages.items()) == [("first", 30), ("rare", 10), ("last", 30)]
 
 
 def test_the_measurement_leaves_the_global_generator_and_the_weights_alone() -> None:
@@ -285,14 +298,46 @@ class Told(Ensemble):
         return shown if self.tells else shown.mean(1, keepdim=True)
 
 
+class Nested(Ensemble):
+    """A defense within a defense that tells of itself, or not."""
+
+    def __init__(self, tells: bool) -> None:
+        super().__init__([Ensemble([linear(), linear(1)], mean_of_logits)], mean_of_logits)
+        self.tells = tells
+
+    @property
+    def nested(self) -> bool:
+        return self.tells
+
+
+class Within(Ensemble):
+    """One network, whose cost is counted at all of it or at a layer."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__([linear()], mean_of_logits)
+        self.layer = layer
+
+    def members(self) -> list[nn.Module]:
+        network = super().members()[0]
+        return [network.get_submodule("1")] if self.layer else [network]
+
+
 @pytest.mark.parametrize(
     ("kept", "asked"),
     [
+        (lambda: Nested(False), lambda: Nested(True)),
+        (lambda: Within(False), lambda: Within(True)),
         (lambda: Doubtful(), lambda: Counting()),
         (lambda: Surrogates(lambda x: 0 * x), lambda: Surrogates(lambda x: x)),
         (lambda: Told(False), lambda: Told(True)),
     ],
-    ids=["a masked gradient that was mended", "another surrogate", "structure that is told"],
+    ids=[
+        "a nested defense that is told",
+        "other members",
+        "a masked gradient that was mended",
+        "another surrogate",
+        "structure that is told",
+    ],
 )
 def test_results_of_a_model_with_the_same_logits_that_attacks_see_otherwise_are_not_taken(
     kept: Callable[[], nn.Module], asked: Callable[[], nn.Module], tmp_path: Path

@@ -146,7 +146,9 @@ def test_the_card_has_the_records_numbers_and_says_upper_bound(robench: Robench,
         }
     )
     other = trained.model_copy(update={"defense": trained.defense.model_copy(update={"weights_sha256": "0" * 64}), "seed": 7})
-    for made in (strong, other):
+    elsewhere = trained.model_copy(update={"dataset": trained.dataset.model_copy(update={"name": "digits-of-another-kind"})})
+    earlier = trained.model_copy(update={"defense": trained.defense.model_copy(update={"version": 99}), "seed": 8})
+    for made in (strong, other, elsewhere, earlier):
         record.save(made, Path("records"))
     push(robench)
     _, files = hub.files(REPOSITORY) or ("", {})
@@ -246,6 +248,7 @@ def test_what_a_hub_refuses_is_one_line(robench: Robench, trained: Record, hub: 
 def test_weights_of_absent_data_are_pulled_with_a_word_on_what_was_not_checked(robench: Robench, trained: Record, hub: FakeHub) -> None:
     push(robench)
     _, files = hub.files(REPOSITORY) or ("", {})
+    hub.commit(REPOSITORY, {name: content for name, content in files.items() if not name.startswith("records/")})
     tampered(hub, config_json=json.dumps(json.loads(files["config.json"]) | {"dataset": "cifar10"}).encode())
     pulled = facts(robench("weights", "pull", REPOSITORY, "--cache-dir", "there"))
     assert pulled["not checked"].startswith("outputs and training images, until the data are here (")

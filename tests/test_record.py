@@ -214,6 +214,16 @@ def test_the_worst_case_is_the_least_outcome_of_each_example(make_record: Build)
     assert worst_case([first]) == (robust_estimate(first), first)
 
 
+def test_a_weak_attack_on_more_examples_does_not_hide_a_strong_one(make_record: Build) -> None:
+    strong, weak = make_record([0.0] * 100), make_record([0.0] * 400 + [1.0] * 600, seed=1)
+    estimate, strongest = worst_case([strong, weak])
+    assert (estimate.value, estimate.n, strongest) == (0.0, 100, strong)
+    assert worst_case([strong, weak], 1000)[0].value == 0.6
+    # A stroke of luck on a few examples is none.
+    halved, lucky = make_record([0.0, 1.0] * 500), make_record([1.0] * 84 + [0.0] * 16)
+    assert worst_case([lucky, halved])[0].n == 1000
+
+
 def test_the_strongest_attack_is_lowest_on_shared_examples_then_dearest(make_record: Build) -> None:
     cheap, dear = (make_record([0, 1, 1, 1], cost={"forwards": cost, "backwards": 0.0}) for cost in (1.0, 9.0))
     # Lower on its two examples than its share over all four would suggest the others are.

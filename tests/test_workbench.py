@@ -44,6 +44,17 @@ def test_nothing_is_measured_twice(bench: Workbench, monkeypatch: pytest.MonkeyP
     assert len(bench.find(accuracy, 0)) == 2
 
 
+def test_what_is_recorded_of_other_weights_than_are_here_is_measured_again(bench: Workbench) -> None:
+    """Else a claim would stay open for ever: records of two trainings do not count together."""
+    accuracy = Accuracy("natural", "Linf:16/255", "pgd-2")
+    own, strong = bench.find(accuracy, 0)
+    foreign = own.model_copy(update={"defense": own.defense.model_copy(update={"weights_sha256": "0" * 64})})
+    for known in ([foreign], [foreign, strong]):
+        other = Workbench("digits", "smoke", records=list(known), cache=bench.cache, examples=40)
+        assert [r.defense.weights_sha256 for r in other.find(accuracy, 0)] == [own.defense.weights_sha256] * 2
+        assert other.settled_by_records(accuracy, 0)
+
+
 def test_a_claim_may_be_held_against_further_attacks(bench: Workbench) -> None:
     accuracy = Accuracy("natural", "Linf:16/255", "pgd-2", against=("mean-transfer-3",))
     assert not bench.settled_by_records(accuracy, 0)
