@@ -61,8 +61,8 @@ class Row:
 
     @property
     def trustworthy(self) -> bool:
-        """Whether any attack that was run worked (`robench.controls`); if none did, the bound holds, but may lie far too high."""
-        return any(not failures(record) for record in self.records)
+        """Whether any attack that was run on all examples worked (`robench.controls`); else the bound holds, but may lie far too high."""
+        return any(not failures(record) for record in self.records if record.dataset.n >= self.robust.n)
 
     @property
     def bound(self) -> str:
@@ -82,7 +82,7 @@ class Row:
                 notes.append(f"{record.attack.name} itself counts {100 * own.value:.1f} %, fresh draws give {mean} (n={own.n})")
         failed = dict.fromkeys(f"control failed ({r.attack.name}): {failure}" for r in self.records for failure in failures(r))
         if not self.trustworthy:
-            notes.append("no trustworthy upper bound: every attack that was run fails a control")
+            notes.append("no trustworthy upper bound: every attack that was run on all examples fails a control")
         partial = dict.fromkeys(f"partial ({r.attack.name}): {r.partial}" for r in self.records if r.partial is not None)
         mixed = dict.fromkeys(f"made in parts ({r.attack.name}): {r.parts}" for r in self.records if r.parts is not None)
         return (*notes, *failed, *partial, *mixed, *(f"stale: {reason}" for reason in self.stale))

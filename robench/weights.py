@@ -167,6 +167,7 @@ def kept(
 
 def save(folder: Path, config: Config, content: bytes) -> None:
     """Write weights into a folder, what describes them last, so that an interrupted write is never taken for weights."""
+    (folder / CONFIG).unlink(missing_ok=True)
     write_atomic(folder / STATE, content)
     write_atomic(folder / CONFIG, to_json(config))
     (folder / OWN).unlink(missing_ok=True)

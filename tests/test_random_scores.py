@@ -230,7 +230,9 @@ def test_a_row_is_not_trustworthy_if_every_attack_on_it_fails_a_control(make_rec
     assert (alone.trustworthy, both.trustworthy) == (False, True)
     assert alone.bound == f"≤ {alone.robust}, not trustworthy"
     assert both.bound == f"≤ {both.robust}"
-    assert "no trustworthy upper bound: every attack that was run fails a control" in alone.notes
+    few = controlled(make_record, n=10).model_copy(update={"seed": 1})
+    assert not leaderboard.rows([bad, few])[0].trustworthy, "the other images were attacked by what failed alone"
+    assert "no trustworthy upper bound: every attack that was run on all examples fails a control" in alone.notes
     for text in (leaderboard.as_markdown([alone]), leaderboard.as_csv([alone])):
         assert "control failed (pgd-20): unbounded leaves 50.0 %" in text
     assert json.loads(leaderboard.as_json([alone]))["rows"][0]["trustworthy"] is False

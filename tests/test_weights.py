@@ -226,6 +226,23 @@ def test_what_was_trained_anew_is_used_until_the_next_pull(shared: Path, tmp_pat
     assert lines[1:] == ["weights from a/b@c"]
 
 
+def test_weights_that_were_half_written_over_others_are_none(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, real = weights.read_config(shared / CONFIG), weights.write_atomic
+
+    def killed(path: Path, content: str | bytes) -> None:
+        if path.name == CONFIG:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(weights, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        weights.save(shared, config, b"other weights")
+    lines: list[str] = []
+    trained(tmp_path / "there", lines)
+    assert not any("corrupt" in line for line in lines)
+    assert any("epoch 1/1" in line for line in lines)
+
+
 @pytest.mark.parametrize("stopped", [True, False])
 def test_a_fresh_training_that_was_stopped_changes_nothing(shared: Path, tmp_path: Path, stopped: bool) -> None:
     lines: list[str] = []
