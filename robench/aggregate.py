@@ -80,10 +80,13 @@ def crossmax(logits: Tensor, k: int | None = None) -> Tensor:
     and the result is the median over the predictors (`k` None, for equivalent models) or the k-th highest (self-ensembles).
 
     Raises:
-        UserError: if k is 1: after the second subtraction every class has a predictor at 0, so the highest is 0 everywhere.
+        UserError: if k or the number of predictors is 1: after the second subtraction every class has a predictor at 0, so the highest
+            is 0 everywhere.
     """
     if k == 1:
         raise UserError("CrossMax with k = 1 is identically zero (after normalisation every class has a predictor at 0); use k >= 2")
+    if logits.shape[1] == 1:
+        raise UserError("CrossMax of one predictor is identically zero (normalisation takes it from itself); give it two or more")
     normalised = _checked(logits) - logits.amax(-1, keepdim=True)
     normalised = normalised - normalised.amax(1, keepdim=True)
     return median_of_logits(normalised) if k is None else kth_highest_of_logits(normalised, k)

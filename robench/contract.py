@@ -90,7 +90,8 @@ def check_gradients(target: Target, x: Tensor, draw: Draw | None) -> None:
             raise UserError(f"{target.name} fails on images that take a gradient: {line}; it may detach them itself") from error
         target.defense.takes_gradients = False
         return
-    moved = float((found - usual).abs().max()) > MOVED * float(usual.abs().max())
+    # NaN is no less than anything.
+    moved = not float((found - usual).abs().max()) <= MOVED * float(usual.abs().max())
     # Noise that cannot be held shows nothing.
     if moved and torch.equal(usual, _held(target.defense, x.clone(), draw)):
         raise UserError(
@@ -167,7 +168,7 @@ def check_memory(target: Target, fresh: Defense | None, near: Tensor, draw: Draw
     if fresh is None:
         return
     found, other = (_held(defense, near, draw).float() for defense in (target.defense, fresh))
-    if float((found - other).abs().max()) > MOVED * float(other.abs().max()):
+    if not float((found - other).abs().max()) <= MOVED * float(other.abs().max()):
         raise UserError(
             f"{target.name} answers images near those it was shown otherwise than a copy of it that was shown none, "
             "so that no two answers are of the same model"

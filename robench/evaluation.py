@@ -158,8 +158,9 @@ def measure(
         robust = np.concatenate([scoring.correct(c.robust, dataset.labels, i * size).mean(0) for i, c in enumerate(chunks)])
         share = f"{end}/{len(dataset)} examples, robust accuracy so far {robust.mean():.1%}"
         progress(f"{target.name} under {attack.name} within {threat}: {share}")
-        if end < len(dataset) and (passes >= (max_passes or math.inf) or seconds >= (max_seconds or math.inf)):
-            what = f"{passes:,} passes" if passes >= (max_passes or math.inf) else f"{seconds:,.0f} s"
+        spent_passes, spent_seconds = passes >= _limit(max_passes), seconds >= _limit(max_seconds)
+        if end < len(dataset) and (spent_passes or spent_seconds):
+            what = f"{passes:,} passes" if spent_passes else f"{seconds:,.0f} s"
             partial = f"stopped after {end} of {len(dataset)} examples, its budget of passes or time spent ({what})"
             dataset = dataset.first(end)
             break
@@ -167,6 +168,10 @@ def measure(
     made += [*chunks, *([control] if control else [])]
     readings = control.readings if control else {}
     return scoring.recorded(target, dataset, threat, attack, seed, scale, precision, chunks, spent, seconds, readings, made, partial)
+
+
+def _limit(given: float | None) -> float:
+    return math.inf if given is None else given
 
 
 def fitted(attack: Attack, target: Target, dataset: Dataset, threat: ThreatModel, *, seed: int, device: str = "cpu") -> Attack:
@@ -228,19 +233,30 @@ def _adversarial(
     seen = contextlib.nullcontext(False) if attack.batch_size else folded(defense, x[:16], like)
     with seen as other, torch.autocast(x.device.type, torch.bfloat16, enabled=half):
         with counted(defense) as cost, recording(cost):
-            found = attack.run(defense, x, y, threat, examples=examples, seed=seed)
-        x_adv = found.x_adv.float()
+            # An attack that works in place is given images of its own.
+            found = attack.run(defense, x.clone(), y, threat, examples=examples, seed=seed)
+        x_adv, stages = found.x_adv.float(), dict(found.stages)
         _check_within(threat, attack, x_adv, x)
         exact = defense.random or not (other or half)
         claimed = None if exact else scoring.predictions(defense, x_adv, examples, seed)[0] != y
     predicted = scoring.predictions(defense, x_adv, examples, seed)
-    if claimed is not None and bool((again := claimed & (predicted[0] == y)).any()):
+    if claimed is None:
+        return replace(found, x_adv=x_adv), predicted, cost
+    for marks in stages.values():
+        # Near the border a GPU may answer otherwise in a batch of another size.
+        claimed = claimed | marks
+    if bool((again := claimed & (predicted[0] == y)).any()):
         with counted(defense) as more, recording(more):
-            x_adv[again] = attack(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
+            anew = attack.run(defense, x[again], y[again], threat, examples=examples[again], seed=seed)
         cost += more
+        x_adv[again] = anew.x_adv.float()
         _check_within(threat, attack, x_adv, x)
         predicted[:, again] = scoring.predictions(defense, x_adv[again], examples[again], seed)
-    return replace(found, x_adv=x_adv), predicted, cost
+        stages = {name: marks & ~again for name, marks in stages.items()}
+        for name, marks in anew.stages.items():
+            stages[name] = stages.get(name, torch.zeros_like(again)).masked_scatter(again, marks)
+    stages = {name: marks & (predicted[0] != y) for name, marks in stages.items()}
+    return replace(found, x_adv=x_adv, stages=stages), predicted, cost
 
 
 def _check_within(threat: ThreatModel, attack: Attack, x_adv: Tensor, x: Tensor) -> None:

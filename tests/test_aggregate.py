@@ -231,12 +231,13 @@ def test_repeating_predictors_k_times_makes_the_kth_highest_zero(name: str, k: i
 @pytest.mark.parametrize("name", [name for name in AGGREGATORS if name not in ("crossmax_2nd", "crossmax_3rd")])
 def test_one_predictor_decides_alone(name: str) -> None:
     logits = logits_of(3, 1, 5)
-    aggregated = AGGREGATORS[name](logits)
     if name.startswith("crossmax"):
         # The maximum over one predictor is that predictor: CrossMax of one knows nothing.
-        assert bool((aggregated == 0).all())
-    else:
-        assert torch.equal(aggregated.argmax(-1), logits[:, 0].argmax(-1))
+        with pytest.raises(UserError, match="CrossMax of one predictor is identically zero"):
+            AGGREGATORS[name](logits)
+        return
+    aggregated = AGGREGATORS[name](logits)
+    assert torch.equal(aggregated.argmax(-1), logits[:, 0].argmax(-1))
     if name in ("mean_of_logits", "median_of_logits"):
         assert torch.equal(aggregated, logits[:, 0])
     if name == "mean_of_probabilities":

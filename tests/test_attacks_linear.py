@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robench import attacks, losses
 from robench.aggregate import mean_of_logits
+from robench.attacks.steps import steepest
 from robench.defense import Defense, Ensemble
 from robench.noise import Draw, normal, uniform
 from robench.threat import ThreatModel
@@ -90,6 +91,15 @@ def test_the_closed_form_is_attained_and_not_passed(text: str) -> None:
     share = ((x_adv - x).flatten(1) @ direction.double()) / optimal_gain(direction, x, threat)
     assert share.max() < 1 + 1e-9
     assert share.min() > 0.999
+
+
+def test_an_ascent_in_l2_follows_a_gradient_whose_square_is_zero_in_float32() -> None:
+    gradient = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    wanted = steepest(gradient, "L2")
+    assert torch.equal(wanted.flatten(1).norm(dim=1).round(decimals=5), torch.ones(4))
+    for share in (1e-12, 1e-18, 1e-25, 1e-35):
+        torch.testing.assert_close(steepest(gradient * share, "L2"), wanted, rtol=1e-3, atol=1e-4)
+    assert not steepest(0 * gradient, "L2").any()
 
 
 @pytest.mark.parametrize("text", THREATS)

@@ -210,17 +210,19 @@ def test_what_fails_on_images_that_take_a_gradient_is_attacked_without(name: str
 class TwoFaced(nn.Module):
     """A classifier that gives an attack's forwards other logits."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, other: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self.other = linear, other
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.linear(x)
-        return logits.flip(1) if x.requires_grad else logits
+        return self.other(logits) if x.requires_grad else logits
 
 
-def test_what_answers_an_attack_otherwise_is_refused(digits: Dataset, linear_network: nn.Module) -> None:
-    target = targets.of_module(TwoFaced(linear_network), "model")
+@pytest.mark.parametrize("other", [lambda logits: logits.flip(1), lambda logits: logits * torch.nan], ids=["other classes", "NaN"])
+def test_what_answers_an_attack_otherwise_is_refused(digits: Dataset, linear_network: nn.Module, other: Callable[[Tensor], Tensor]) -> None:
+    """NaN would pass for a success at once, and end every search where it began."""
+    target = targets.of_module(TwoFaced(linear_network, other), "model")
     with pytest.raises(UserError, match=r"^model answers images that take a gradient otherwise than the same images without[^\n]*$"):
         measure(target, digits.first(3), LINF, Attack("refusing", 1, {}, refusing))
 

@@ -1,6 +1,7 @@
 """The doctor on models whose gradients are known: honest ones are left alone, each trick is found by the check that is for it."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -96,6 +97,21 @@ def test_honest_models_get_no_flag(examine: Examine, linear_network: nn.Module, 
         diagnosis = examine(module, ThreatModel.parse(threat))
         assert diagnosis.verdict != "likely an artefact"
         assert [finding.check for finding in diagnosis.findings if finding.flagged] == []
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2)])
+def test_images_of_one_or_two_values_get_no_flag(shape: tuple[int, ...]) -> None:
+    """There a random step may be the gradient's own."""
+    images = torch.rand(60, *shape, generator=torch.Generator().manual_seed(0))
+    labels = (images.flatten(1).mean(1) > 0.5).long()
+    linear = nn.Linear(math.prod(shape), 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.stack([-torch.ones(math.prod(shape)), torch.ones(math.prod(shape))]))
+        linear.bias.copy_(torch.tensor([0.5, -0.5]) * math.prod(shape))
+    toy = data.from_tensors(images, labels, 2, "toy")
+    diagnosis = doctor.examine(targets.of_module(nn.Sequential(nn.Flatten(), linear), "patient"), toy, ThreatModel.parse("Linf:0.05"))
+    assert not found(diagnosis, "ascent direction").flagged
+    assert diagnosis.verdict != "likely an artefact"
 
 
 def test_a_gradient_lost_inside_is_named_by_its_layer(examine: Examine, networks: list[nn.Module]) -> None:

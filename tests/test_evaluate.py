@@ -112,6 +112,19 @@ def test_what_fools_only_in_reduced_precision_does_not_count() -> None:
     assert 3 < int(expected[decided].sum()) < int(((margin > 0) & decided).sum()) - 3
 
 
+def test_the_stages_count_what_is_fooled_in_float32() -> None:
+    """In bfloat16 every image of class 1 counts as fooled by the first."""
+    dataset = examples(200)
+    made = measure(targets.of_module(Coarse()), dataset, ThreatModel.parse("Linf:0.015"), attacks.parse("fast"), precision="bfloat16")
+    fooled = sum(c == 1 and r == 0 for c, r in zip(made.outcomes.clean, made.outcomes.robust, strict=True))
+    assert 3 < fooled == sum(made.stages.values())
+
+
+def test_an_attack_that_works_in_place_is_held_to_the_images_it_was_given() -> None:
+    with pytest.raises(UserError, match=r"attack bad left the threat model Linf:0\.03"):
+        measure(targets.of_module(linear()), examples(), LINF, bad_attack(lambda _d, x, *_, **__: x.add_(0.2).clamp_(0, 1)))
+
+
 def ensemble() -> Ensemble:
     return Ensemble([linear(seed) for seed in range(3)], mean_of_logits)
 
@@ -126,7 +139,16 @@ def test_a_measurement_repeats() -> None:
     assert first.seed == 4
 
 
-@pytest.mark.parametrize(("budget", "done"), [({"max_passes": 1}, 16), ({"max_passes": 17 * 12}, 32), ({"max_seconds": 1e-9}, 16)])
+@pytest.mark.parametrize(
+    ("budget", "done"),
+    [
+        ({"max_passes": 0}, 16),
+        ({"max_passes": 1}, 16),
+        ({"max_seconds": 0.0}, 16),
+        ({"max_passes": 17 * 12}, 32),
+        ({"max_seconds": 1e-9}, 16),
+    ],
+)
 def test_a_spent_budget_ends_the_attack_at_a_batch_and_makes_the_record_partial(budget: Any, done: int, tmp_path: Path) -> None:
     made = measured(linear(), batch_size=16, cache=tmp_path, **budget)
     assert made.dataset.n == made.robust_accuracy.n == done

@@ -99,6 +99,22 @@ HONEST: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 }
 
 
+class SmallToken(nn.Module):
+    """Layer normalisation of tokens one of which is small beside the others, as a class token is: it is steep about that one."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        with isolated_generator(0):
+            self.first, self.norm, self.last = nn.Linear(25, 17 * 64), nn.LayerNorm(64), nn.Linear(17 * 64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = 10 * self.first((x - 0.5).flatten(1)).reshape(len(x), 17, 64)
+        tokens = torch.cat([self.share * tokens[:, :1], tokens[:, 1:]], dim=1)
+        logits: Tensor = self.last(self.norm(tokens).flatten(1))
+        return logits
+
+
 class RightRelu(torch.autograd.Function):
     """A ReLU by hand."""
 
@@ -126,6 +142,11 @@ def test_the_gradient_led_past_what_loses_it_is_the_linear_networks(kind: str) -
     point = X.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(found(point)[:, 1].sum(), point)
     torch.testing.assert_close(gradient.flatten(1), network.weight()[1].expand(COUNT, -1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1, 0.03, 0.01])
+def test_normalising_a_small_token_loses_no_gradient(share: float) -> None:
+    assert ways_past(Ensemble([SmallToken(share)], mean_of_logits).eval().requires_grad_(False), X).networks is None
 
 
 @pytest.mark.parametrize("kind", HONEST)

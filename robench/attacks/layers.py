@@ -229,10 +229,11 @@ def _loses(step: Callable[[Tensor], Tensor], point: Tensor, output: Tensor) -> b
             return False
         towards, around = (_normal(point, number) for number in range(2))
         gradient = _gradient(again, towards.to(again), leaf)
-        size, length = (values.flatten(1).norm(dim=1).reshape(-1, *[1] * (point.ndim - 1)) for values in (gradient, point))
+        length = point.flatten(1).norm(dim=1).reshape(-1, *[1] * (point.ndim - 1))
         with torch.no_grad():
             moved = (answer(point + MOVE * length * around / around[0].numel() ** 0.5) != output).flatten(1).any(1)
-            aside = STEP * length * gradient / size.clamp(min=1e-30)
+            # Each value by a share of itself: a normalisation is steep about a token that is small beside the others.
+            aside = STEP * point.abs() * gradient.sign()
             change = ((answer(point + aside) - answer(point - aside)).float() * towards).flatten(1).sum(1) / 2
             ratio = change / (gradient.float() * aside.float()).flatten(1).sum(1)
     except Exception:  # a stranger's code may refuse in any way to be called like this
@@ -240,7 +241,7 @@ def _loses(step: Callable[[Tensor], Tensor], point: Tensor, output: Tensor) -> b
     # Half precision rounds away what a short step changes.
     exact = point.dtype in (torch.float32, torch.float64)
     wrong = ~((ratio > SHRUNK) & (ratio < GROWN)) & ratio.isfinite() & exact
-    return bool(torch.where(size.flatten() == 0, moved, wrong).any())
+    return bool(torch.where((gradient == 0).flatten(1).all(1), moved, wrong).any())
 
 
 def _gradient(output: Tensor, towards: Tensor, leaf: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from robench.threat import Norm
 
+TINY = 1e-15
+"""A gradient whose largest value is below this may have squares that float32 rounds to zero."""
+
 
 def steepest(gradient: Tensor, norm: Norm, x: Tensor | None = None, sparsity: float | Tensor = 0.05) -> Tensor:
     """Return the steepest-ascent direction of unit size in `norm`: (B, ...) -> (B, ...), zero where the gradient is zero.
@@ -17,6 +20,9 @@ def steepest(gradient: Tensor, norm: Norm, x: Tensor | None = None, sparsity: fl
     if norm == "Linf":
         return gradient.sign()
     if norm == "L2":
+        # The square of a small gradient is zero in float32; a power of two leaves the bits of all others as they are.
+        largest = flat.abs().amax(1, keepdim=True)
+        flat = flat * torch.where((largest > 0) & (largest < TINY), 2.0**100, 1.0)
         size = flat.norm(dim=1, keepdim=True)
         return torch.where(size > 0, flat / size.clamp(min=1e-30), 0).reshape(gradient.shape)
     magnitude = flat.abs()

@@ -27,6 +27,8 @@ SHRUNK, GROWN = 0.25, 4.0
 """Change of the margin along a short step over what the gradient predicts: honest models on digits lie within 0.98 and 1.03."""
 ALIKE = 0.3
 """Cosine of gradients a hair's breadth apart, median: above 0.99 for honest models on digits, 0 for a shattered gradient."""
+ALMOST = 0.95
+"""Of a random step's gain, which in few dimensions may be the gradient's own."""
 
 
 def input_gradients(e: Examination) -> Finding:
@@ -93,8 +95,9 @@ def ascent_direction(e: Examination) -> Finding:
         random = noise.normal(Draw(e.seed, e.examples, number), "doctor/direction", tuple(e.x.shape[1:])).to(e.x)
         gains.append(e.losses(e.x + _ascent(e, random, part)) - before)
     best = torch.stack(gains).amax(0)
-    values = {"no better than random": share(gain <= best), "gain": float(gain.median()), "best random gain": float(best.median())}
-    meaning = "share of examples on which a step along the gradient gains no more than the best of 8 random steps of its size"
+    worse = (gain <= 0) | (gain < ALMOST * best)
+    values = {"no better than random": share(worse), "gain": float(gain.median()), "best random gain": float(best.median())}
+    meaning = "share of examples on which a step along the gradient gains nothing, or less than the best of 8 random steps of its size"
     return Finding("ascent direction", values, values["no better than random"] > 0.5, meaning, PINTOR)
 
 
