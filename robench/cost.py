@@ -29,6 +29,20 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for item in parts for tensor in _tensors(item)] if isinstance(parts, list | tuple) else []
 
 
+_OPEN: list[Cost] = []
+"""The counts that are going on."""
+
+
+def count_backwards(inside: Tensor) -> None:
+    """Have a backward pass that begins inside a member, at a tensor (B, ...) with a gradient, count as one of the member."""
+
+    def on_backward(_gradient: Tensor) -> None:
+        for cost in _OPEN:
+            cost.backwards += len(inside)
+
+    inside.register_hook(on_backward)
+
+
 @contextlib.contextmanager
 def counted(defense: Defense) -> Iterator[Cost]:
     """Count the passes of the defense's members inside the block; the hooks are gone after it."""
@@ -48,8 +62,10 @@ def counted(defense: Defense) -> Iterator[Cost]:
 
     # A network that is a member twice counts at each of its forwards, once.
     handles = [member.register_forward_hook(after_forward, with_kwargs=True) for member in dict.fromkeys(defense.members())]
+    _OPEN.append(cost)
     try:
         yield cost
     finally:
+        _OPEN[:] = [other for other in _OPEN if other is not cost]
         for handle in handles:
             handle.remove()

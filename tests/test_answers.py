@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from robench import attacks
 from robench.aggregate import mean_of_logits
 from robench.attacks.bare import ways_past
+from robench.cost import Cost, counted
 from robench.defense import Defense, Ensemble, Plain
 from robench.noise import Draw, normal, uniform
 from robench.threat import ThreatModel
@@ -80,6 +81,16 @@ def test_the_networks_own_answer_is_among_those_found(wrapped: type[Wrapped]) ->
     point = X.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(view(point)[:, 1].sum(), point)
     torch.testing.assert_close(gradient.flatten(1), module.network.weight[:, 1].expand(COUNT, -1))
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_a_pass_back_from_within_a_member_costs_one_of_the_member(wrapped: type[Wrapped]) -> None:
+    defense = Plain(wrapped()).eval()
+    for view in (defense, *ways_past(defense, X).answers):
+        point = X.clone().requires_grad_()
+        with counted(defense) as outer, counted(defense) as inner:
+            torch.autograd.grad(view(point)[:, 1].sum(), point)
+        assert outer == inner == Cost(COUNT, COUNT)
 
 
 @pytest.mark.parametrize("defense", [Plain(Linear()), Plain(Scaled()), Ensemble([Linear(0), Linear(1)], mean_of_logits)])

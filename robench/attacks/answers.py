@@ -13,6 +13,7 @@ from torch.nn import functional
 from robench.attacks.layers import Forward, Place, watching
 from robench.attacks.objective import spread_gradient
 from robench.attacks.views import View
+from robench.cost import count_backwards
 from robench.defense import Defense, Plain
 from robench.noise import Draw
 
@@ -49,8 +50,12 @@ class Within(View):
         with watching({self.place.layer}, seen):
             own = self.defense.predictors(x, draw)
         # A layer that is not asked for every image, or answers for others, is no answer to these.
-        fits = bool(found) and found[0].shape == (len(x), own.shape[2])
-        return found[0][:, None] if fits else own.mean(1, keepdim=True)
+        if not found or found[0].shape != (len(x), own.shape[2]):
+            return own.mean(1, keepdim=True)
+        # Elsewhere it is the member's answer that counts its passes.
+        if wanted and found[0].requires_grad and self.place.layer not in self.defense.members():
+            count_backwards(found[0])
+        return found[0][:, None]
 
     def aggregate(self, logits: Tensor) -> Tensor:
         """Return the one answer: (B, 1, classes) -> (B, classes)."""
