@@ -189,10 +189,27 @@ def test_what_another_attack_breaks_beyond_pgd_decides_only_where_it_is_most(pla
         correct = (torch.arange(100) < count).double()
         return Run(correct, correct, torch.empty(100, 0), LINF)
 
-    patient = SimpleNamespace(defense=SimpleNamespace(random=False), pgd=lambda *_, **__: left(plain), attack=lambda *_: left(strong))
+    patient = SimpleNamespace(
+        defense=SimpleNamespace(random=False), threat=LINF, pgd=lambda *_, **__: left(plain), attack=lambda *_: left(strong)
+    )
     assert doctor.state(attack_checks.everyday(patient)) == state
     patient.pgd = lambda _steps, loss="ce": left(plain if loss == "ce" else strong)
     assert doctor.state(attack_checks.other_loss(patient)) == state
+
+
+def test_in_l1_apgd_stands_beside_pgd_whose_fixed_sparsity_misleads() -> None:
+    def left(count: int) -> Run:
+        correct = (torch.arange(100) < count).double()
+        return Run(correct, correct, torch.empty(100, 0), LINF)
+
+    def state(threat: str) -> str:
+        patient = SimpleNamespace(
+            defense=SimpleNamespace(random=False), threat=ThreatModel.parse(threat), pgd=lambda *_, **__: left(53),
+            attack=lambda name, _attack: left(20 if name == "fast" else 28),
+        )  # fmt: skip
+        return doctor.state(attack_checks.everyday(patient))
+
+    assert (state("L2:1"), state("L1:18")) == ("flagged", "ok")
 
 
 def test_noise_that_is_not_declared_is_found_and_averaged_all_the_same(examine: Examine, networks: list[nn.Module]) -> None:
