@@ -34,8 +34,16 @@ def honest_logits(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset
     """
     found = logits(target, x, draw, dataset)
     check_gradients(target, x, draw)
-    if draw is None and not torch.equal(found, logits(target, x, None, dataset)):
-        raise UserError(f"{target.name} gives different logits for the same images; declare it random (Defense.random or Plain)")
+    again = logits(target, x, draw, dataset)
+    if draw is None and not torch.equal(found, again):
+        raise UserError(
+            f"{target.name} gives different logits for the same images; declare it random (Defense.random, or Plain(module, random=True))"
+        )
+    if float((found - again).abs().max()) > MOVED * float(found.abs().max()):
+        raise UserError(
+            f"{target.name} gives different logits for the same images on one draw, so that no measurement of it repeats; take the noise "
+            "from the draw (robench.noise), or for Plain(module, random=True) from torch's global generator"
+        )
     if (moved := float(moved_by_others(target, x, draw, dataset).amax())) > MOVED:
         raise UserError(
             f"{target.name} answers an image by the others in its batch (these move its logits by {moved:.1%} of the largest), "
@@ -53,9 +61,14 @@ def logits(target: Target, x: Tensor, draw: Draw | None, dataset: Dataset) -> Te
     """
     try:
         found: Tensor = target.defense(given := x.clone(), draw)
-    except Exception as error:  # a stranger's code may fail in any way
+    except UserError as error:
+        raise UserError(f"{target.name} does not fit {dataset.name}: {error}") from error
+    except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{target.name} fails on images of shape {tuple(x.shape)} of {dataset.name}: {line}") from error
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        kind = f"logits of type {found.dtype}" if isinstance(found, Tensor) else f"an object of type {type(found).__name__}"
+        raise UserError(f"{target.name} returns {kind}; it has to return a tensor (batch, classes) of floating-point numbers")
     targets.check_classes(target, tuple(found.shape), dataset)
     if not torch.equal(given, x):
         raise UserError(f"{target.name} writes into the images that it is given; it has to work on a copy of them")
@@ -84,7 +97,7 @@ def check_gradients(target: Target, x: Tensor, draw: Draw | None) -> None:
             found = target.defense(x.clone().requires_grad_(), draw).detach()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a stranger's code may fail in any way
+    except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
         if not isinstance(target.defense, Plain):
             line = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"{target.name} fails on images that take a gradient: {line}; it may detach them itself") from error
@@ -139,7 +152,7 @@ def copied(defense: Defense, like: Tensor) -> Defense | None:
         other = copy.deepcopy(defense)
         own, its = (_held(model, x, Draw(0, examples) if defense.random else None) for model in (defense, other))
         return other if torch.equal(own, its) else None
-    except Exception:  # a stranger's module may refuse in any way
+    except (Exception, SystemExit):  # a stranger's module may refuse in any way
         return None
 
 

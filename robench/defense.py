@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robench.aggregate import Aggregator
+from robench.errors import UserError
 from robench.noise import Draw, isolated_generator
 
 
@@ -109,6 +110,8 @@ class Plain(Defense):
             seed = hash((draw.seed, draw.number, int(draw.examples[0]) if len(draw.examples) else 0)) & 0x7FFFFFFF
             with isolated_generator(seed, x.device):
                 logits = self.module(x)
+        if not isinstance(logits, Tensor):
+            raise UserError(f"its forward returns an object of type {type(logits).__name__}, where a tensor (batch, classes) is wanted")
         return logits[:, None]
 
     def aggregate(self, logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -28,6 +29,7 @@ from robench.parts import Chunk, Controls, Part
 from robench.recipe import Precision
 from robench.record import Provenance, Record
 from robench.replay import recording
+from robench.strangers import explained
 from robench.targets import Target
 from robench.threat import ThreatModel
 
@@ -199,9 +201,20 @@ def _key(
         "" if attack.learnt is None else hashlib.sha256(attack.learnt.cpu().numpy().tobytes()).hexdigest(),
         # What earlier versions kept of a random defense lacks the attack's own count.
         *(["counted"] if target.defense.random else []),
-        "folded",
+        "folded", *_source(attack),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _source(attack: Attack) -> list[str]:
+    """Return the hash of the file that an attack from elsewhere is written in, whose version nobody may have raised."""
+    module = getattr(attack.function, "__module__", "") or ""
+    if module.partition(".")[0] == "robench":
+        return []
+    try:
+        return [hashlib.sha256(Path(inspect.getsourcefile(attack.function) or "").read_bytes()).hexdigest()]
+    except (TypeError, OSError):
+        return []
 
 
 def _attack_chunk(
@@ -212,8 +225,9 @@ def _attack_chunk(
     defense = target.defense
     x, y = as_float(dataset.images[start:stop]).to(device), dataset.labels[start:stop].to(device)
     examples = torch.arange(start, stop, device=device)
-    found, robust, cost = _adversarial(defense, x, y, threat, attack, examples, seed, precision)
-    clean = scoring.predictions(defense, x, examples, seed)
+    with explained(f"{target.name} under {attack.name}"):
+        found, robust, cost = _adversarial(defense, x, y, threat, attack, examples, seed, precision)
+        clean = scoring.predictions(defense, x, examples, seed)
     stages, counted_robust = ({name: int(marks.sum()) for name, marks in by.items()} for by in (found.stages, found.counted))
     return Chunk(
         provenance=made_by, clean=clean.tolist(), robust=robust.tolist(), forwards=cost.forwards, backwards=cost.backwards,
@@ -234,7 +248,7 @@ def _adversarial(
     with seen as other, torch.autocast(x.device.type, torch.bfloat16, enabled=half):
         with counted(defense) as cost, recording(cost):
             # An attack that works in place is given images of its own.
-            found = attack.run(defense, x.clone(), y, threat, examples=examples, seed=seed)
+            found = attack.run(defense, x.clone(), y.clone(), threat, examples=examples, seed=seed)
         x_adv, stages = found.x_adv.float(), dict(found.stages)
         _check_within(threat, attack, x_adv, x)
         exact = defense.random or not (other or half)

@@ -14,6 +14,9 @@ from robench.defense import Defense, as_defense
 from robench.errors import UserError
 from robench.surrogate import active, declares
 
+BESIDE = 8 / 255
+"""How far from the images a model is looked at too."""
+
 
 def state_hash(module: nn.Module) -> str:
     """Return the SHA-256 of a module's parameters and buffers, names, shapes and types included."""
@@ -48,7 +51,8 @@ def attacked_hash(defense: Defense, x: Tensor, logits: Tensor, seed: int) -> str
     """Return a hash of what an attack sees of a defense at images (B, C, H, W): two that differ in it must not share results.
 
     Which modules are its members, its logits, its predictors' logits, those of nested defenses' own predictors, and on the CPU the
-    gradients of all, those of declared surrogates too. A GPU's gradients differ in their last bits from run to run.
+    gradients of all, those of declared surrogates too. A GPU's gradients differ in their last bits from run to run. Likewise beside the
+    images, which what rounds or cleans its input may leave as they are.
 
     Args:
         defense: in evaluation mode.
@@ -57,13 +61,15 @@ def attacked_hash(defense: Defense, x: Tensor, logits: Tensor, seed: int) -> str
         seed: of a random defense's draw.
     """
     draw = noise.Draw(seed, torch.arange(len(x), device=x.device)) if defense.random else None
+    around = noise.uniform(noise.Draw(0, torch.arange(len(x), device=x.device)), "beside", tuple(x.shape[1:])).to(x)
+    beside = (x + BESIDE * (2 * around - 1)).clamp(0, 1)
     with torch.no_grad():
-        seen = [logits, *(forward(x, draw).float() for forward in _told(defense))]
-    if x.device.type == "cpu":
-        seen += _gradients(defense, x, draw)
+        seen = [logits, *(forward(at, draw).float() for at in (x, beside) for forward in _told(defense))]
+    for at in (x, beside) if x.device.type == "cpu" else ():
+        seen += _gradients(defense, at, draw)
         if declares(defense):
             with active():
-                seen += _gradients(defense, x, draw)
+                seen += _gradients(defense, at, draw)
     names = {module: name for name, module in defense.named_modules()}
     members = [names.get(member, "") for member in defense.members()]
     values = b"".join(tensor.cpu().contiguous().numpy().tobytes() for tensor in seen)

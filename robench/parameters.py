@@ -34,7 +34,9 @@ def read_settings(owner: str, function: Callable[..., Any], settings: list[str],
     values: dict[str, Value] = {}
     for setting in settings:
         key, separator, text = (part.strip() for part in setting.partition("="))
-        if not separator or key not in known:
+        if not separator and key in known:
+            raise UserError(f"{owner}: {key} needs a value, as in {key}={known[key]}")
+        if key not in known:
             raise UserError(f"{owner} has no parameter {key!r}; it has {', '.join(known) or 'none'}{nearest(key, known)}")
         if key in values:
             raise UserError(f"{owner} is given {key!r} twice; give it once")

@@ -111,5 +111,8 @@ def import_file(path: Path) -> Any:
         raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    # Last, so that the files beside it stand behind everything else.
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     spec.loader.exec_module(module)
     return module

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, data, noise, provenance, record, targets
+from robench import attacks, data, noise, plugins, provenance, record, targets
 from robench.aggregate import mean_of_logits
 from robench.attacks import Attack
 from robench.attacks.registry import Found
@@ -232,9 +232,9 @@ class Counting(nn.Module):
         return logits
 
 
-LOOKED_AT = 12 * 16 + 2
+LOOKED_AT = 15 * 16 + 2
 """Images by which each process knows the model: for its logits three times, once taking a gradient, four times in other company, once near
-them, for its predictors' logits, and for the gradients of both; and two of noise, beside its copy."""
+them, and there and beside them for its predictors' logits and the gradients of both; and two of noise, beside its copy."""
 
 
 def stop_after(chunks: int) -> Callable[[str], None]:
@@ -301,6 +301,18 @@ class Surrogates(Counting):
         return super().forward(self.step(x))
 
 
+class Rounding(Counting):
+    """The same logits of the images that there are, which lie on the levels it rounds to, or not."""
+
+    def __init__(self, rounds: bool) -> None:
+        super().__init__()
+        self.rounds = rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = (x * 1024).round() / 1024
+        return super().forward(x + (near - x).detach() if self.rounds else x)
+
+
 class Doubtful(Counting):
     """The same logits by another gradient."""
 
@@ -347,6 +359,7 @@ class Within(Ensemble):
 @pytest.mark.parametrize(
     ("kept", "asked"),
     [
+        (lambda: Rounding(False), lambda: Rounding(True)),
         (lambda: Nested(False), lambda: Nested(True)),
         (lambda: Within(False), lambda: Within(True)),
         (lambda: Doubtful(), lambda: Counting()),
@@ -354,6 +367,7 @@ class Within(Ensemble):
         (lambda: Told(False), lambda: Told(True)),
     ],
     ids=[
+        "a step that cleans its input",
         "a nested defense that is told",
         "other members",
         "a masked gradient that was mended",
@@ -366,9 +380,36 @@ def test_results_of_a_model_with_the_same_logits_that_attacks_see_otherwise_are_
 ) -> None:
     for build in (kept, asked):
         model = build()
-        # One name for both, as when a file was edited.
-        measure(targets.of_module(model, "model"), examples(), LINF, attacks.parse("pgd-5"), cache=tmp_path)
+        # One name for both, as when a file was edited; images on levels of 1/1024.
+        dataset = examples()
+        dataset = data.from_tensors((dataset.images * 1024).round() / 1024, dataset.labels, 2, "levels")
+        measure(targets.of_module(model, "model"), dataset, LINF, attacks.parse("pgd-5"), cache=tmp_path)
     assert len(list((tmp_path / "evaluations").iterdir())) == 2
+
+
+def test_what_an_attack_of_ones_own_found_is_not_taken_after_its_file_was_edited(tmp_path: Path) -> None:
+    """Nobody raises the version of what is being written."""
+
+    def found(text: str) -> float:
+        path = tmp_path / "mine.py"
+        path.write_text(f"from robench import attacks\ndef mine(defense, x, y, threat, **named):\n    return {text}\n")
+        made = measure(
+            targets.of_module(linear(), "model"), examples(), LINF, Attack("mine", 1, {}, plugins.import_file(path).mine), cache=tmp_path
+        )
+        return made.robust_accuracy.value
+
+    assert found("x") > found("attacks.parse('pgd-20')(defense, x, y, threat, **named)")
+
+
+def test_noise_that_no_draw_holds_is_refused() -> None:
+    generator = torch.Generator()
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn(x.shape, generator=generator)
+
+    with pytest.raises(UserError, match="different logits for the same images on one draw, so that no measurement of it repeats"):
+        measured(Plain(nn.Sequential(linear(), Own()), random=True))
 
 
 HERE = provenance.of_this_process("cpu")

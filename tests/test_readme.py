@@ -32,9 +32,10 @@ def run(command: list[str], folder: Path, cache: Path | None, hub: FakeHub | Non
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the README's files, and the checkout's folders that its commands name."""
     path = tmp_path_factory.mktemp("readme")
-    model, _, plugin = SNIPPETS
+    model, _, plugin, attack = SNIPPETS
     (path / "my_model.py").write_text(model)
     (path / "median.py").write_text(plugin)
+    (path / "random_start.py").write_text(attack)
     for name in ("claims", "leaderboard"):
         (path / name).symlink_to(ROOT / name)
     (path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
@@ -47,7 +48,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_has_what_is_tested() -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     assert any(command.startswith("robench evaluate median_of_small") for command in COMMANDS)
 
 

@@ -1,5 +1,6 @@
 """Attacks by name: ``pgd-20,restarts=5`` is the attack `pgd` with 20 steps and 5 restarts."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -168,7 +169,7 @@ def current_version(name: str, random: bool) -> int | None:
     known = registered()
     head = name.partition(",")[0]
     pattern, _, number = head.rpartition("-")
-    found = known.get(pattern if head not in known and number.isdigit() else head)
+    found = known.get(pattern if head not in known and number.isdecimal() else head)
     return None if found is None else found.version_on(random)
 
 
@@ -189,14 +190,30 @@ def parse(text: str) -> Attack:
     for key, least in known.items():
         if type(least) is int and least > 0 and int(parameters[key] or 0) < 1:
             raise UserError(f"attack {attack.pattern!r}: {key} must be at least 1, not {parameters[key]}")
+        if attack.function.__module__.startswith("robench.") and not _in_range(key, parameters[key]):
+            raise UserError(f"attack {attack.pattern!r}: {key} must be {RANGES[key][2]}, not {parameters[key]}")
     return Attack(head, attack.version, parameters, attack.function, attack.apply, random_version=attack.random_version)
+
+
+RANGES: dict[str, tuple[float, float, str]] = {
+    "step_size": (1e-30, math.inf, "above 0"), "eta": (1e-30, math.inf, "above 0"), "finetune": (0, math.inf, "at least 0"),
+    **dict.fromkeys(("alpha_max", "rho", "p_init"), (1e-30, 1, "above 0 and at most 1")),
+}  # fmt: skip
+"""The least and the most that parameters of robench's attacks may be, and in words: beyond, an attack would be none."""
+
+
+def _in_range(key: str, value: Value) -> bool:
+    if key not in RANGES or value is None or isinstance(value, str):
+        return True
+    least, most, _ = RANGES[key]
+    return least <= value <= most
 
 
 def _split_number(head: str) -> tuple[RegisteredAttack, int | None]:
     if head in _ATTACKS and _ATTACKS[head].number is None:
         return _ATTACKS[head], None
     name, _, digits = head.rpartition("-")
-    if name in _ATTACKS and _ATTACKS[name].number and digits.isdigit() and int(digits) > 0:
+    if name in _ATTACKS and _ATTACKS[name].number and digits.isascii() and digits.isdigit() and int(digits) > 0:
         return _ATTACKS[name], int(digits)
     if head in _ATTACKS or name in _ATTACKS:
         pattern = _ATTACKS[head if head in _ATTACKS else name].pattern

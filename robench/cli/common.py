@@ -1,5 +1,6 @@
 """What the commands share: the group with its exit codes, common options, and checks of what they name."""
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -11,8 +12,20 @@ from robench import duration
 from robench.errors import UserError, nearest
 
 RECORDS = Path("leaderboard/records")
-SEED = click.IntRange(0, 2**31 - 1)
-PATH = click.Path(path_type=Path)
+LAST_SEED = 2**31 - 1
+SEED = click.IntRange(0, LAST_SEED)
+
+
+class _Path(click.Path):
+    """A path that is not empty, as an unset variable leaves it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 
 
 def in_seconds(_context: click.Context, _option: click.Parameter, text: str | None) -> float | None:
@@ -48,7 +61,7 @@ scale_option = click.option(
 )
 device_option = click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 cache_option = click.option("--cache-dir", type=PATH, help="Trained weights and unfinished work.  [default: $ROBENCH_CACHE]")
-plugin_option = click.option("--plugin", "plugins", type=PATH, multiple=True, help="A file that registers defenses; repeatable.")
+plugin_option = click.option("--plugin", "plugins", type=PATH, multiple=True, help="A file that registers defenses or attacks; repeatable.")
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,10 +93,18 @@ def available(device: str | None) -> str:
     return device
 
 
+def no_folder(path: Path | None) -> None:
+    """Make sure that a file can be written at a path that is given, which would otherwise show only after hours."""
+    if path and path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+
+
 def load_plugins(plugins: tuple[Path, ...]) -> None:
     """Load every plugin and warn of those that fail."""
     from robench import zoo
 
-    zoo.discover(plugins)
+    # What a plugin prints is no result.
+    with contextlib.redirect_stdout(sys.stderr):
+        zoo.discover(plugins)
     for failure in zoo.failures():
         click.echo(f"robench: warning: {failure.origin} failed to load: {failure.reason}", err=True)

@@ -1,11 +1,14 @@
 """Commands on what is evaluated and on what: zoo, train, weights, data."""
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from robench.cli.common import (
+    LAST_SEED,
     PATH,
     RECORDS,
     SEED,
@@ -41,7 +44,9 @@ def zoo_list(as_json: bool, plugins: tuple[Path, ...]) -> None:
     """List the defenses, where each comes from, and what failed to load and why."""
     from robench import console, zoo
 
-    zoo.discover(plugins)
+    # What a plugin prints is no result.
+    with contextlib.redirect_stdout(sys.stderr):
+        zoo.discover(plugins)
     if as_json:
         click.echo(console.zoo_json(zoo.entries(), zoo.failures()))
         return
@@ -72,6 +77,8 @@ def train(
     """
     from robench import console, data, targets, workbench, zoo
 
+    if (last := seed + seeds - 1) > LAST_SEED:
+        raise UserError(f"the last of {seeds} copies from seed {seed} on would have the seed {last}, above {LAST_SEED}")
     cache, device = writable(cache_folder(cache_dir)), available(device)
     load_plugins(plugins)
     named, split = zoo.parse(name), data.load(dataset, "test")

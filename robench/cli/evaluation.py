@@ -1,5 +1,7 @@
 """Commands that attack one target: evaluate, doctor."""
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from robench.cli.common import (
     in_seconds,
     load_plugins,
     main,
+    no_folder,
     plugin_option,
     scale_option,
     writable,
@@ -68,7 +71,9 @@ def evaluate(
         raise UserError(f"--figure draws what a universal attack learns, to a .png or .svg file; this is {attack}, to {figure.name}")
     cache, device = writable(cache_folder(cache_dir)), available(device)
     to_stdout = json_file == "-"
-    json_path = Path(json_file) if json_file and not to_stdout else None
+    json_path = PATH.convert(json_file, None, None) if json_file is not None and not to_stdout else None
+    no_folder(json_path)
+    no_folder(figure)
     for folder in filter(None, (records, json_path and json_path.parent, figure and figure.parent)):
         writable(folder)
 
@@ -78,7 +83,8 @@ def evaluate(
 
     split, scale = data.load(dataset, "test"), scale or workbench.default_scale(dataset)
     examples = split.first(min(len(split), workbench.EXAMPLES[scale]) if n is None else n)
-    with console.progress() as progress:
+    # What a model prints is no result.
+    with console.progress() as progress, contextlib.redirect_stdout(sys.stderr):
         resolved = targets.resolve(target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress)
         made = measure(
             resolved, examples, within, parsed_attack, seed=seed, batch_size=batch_size, device=device, scale=scale, precision=precision,
@@ -120,13 +126,15 @@ def doctor(
     doctor.check_budget(within)
     cache, device = writable(cache_folder(cache_dir)), available(device)
     to_stdout = json_file == "-"
-    json_path = Path(json_file) if json_file and not to_stdout else None
+    json_path = PATH.convert(json_file, None, None) if json_file is not None and not to_stdout else None
+    no_folder(json_path)
     if json_path:
         writable(json_path.parent)
     load_plugins(plugins)
     split, scale = data.load(dataset, "test"), scale or workbench.default_scale(dataset)
     examples = split.first(min(len(split), doctor.EXAMPLES) if n is None else n)
-    with console.progress() as progress:
+    # What a model prints is no result.
+    with console.progress() as progress, contextlib.redirect_stdout(sys.stderr):
         resolved = targets.resolve(target, examples, within, scale=scale, seed=training_seed, device=device, cache=cache, progress=progress)
         diagnosis = doctor.examine(resolved, examples, within, seed=seed, device=device, scale=scale, progress=progress)
     if json_path:

@@ -74,7 +74,7 @@ def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str |
     """Rank the defenses by what the records say."""
     from robench import attacks, console, leaderboard, page, record, settlement, zoo
 
-    zoo.discover(plugins)
+    load_plugins(plugins)
     known = record.load_folder(records)
     rows = leaderboard.rows(
         known, dataset=dataset, threat=threat, verdicts=settlement.verdicts_by_defense(settlement.settle_all(known)),

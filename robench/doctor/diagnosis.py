@@ -23,6 +23,7 @@ from robench.exact import exact_arithmetic
 from robench.noise import isolated_generator
 from robench.record import DefenseInfo, Provenance, Scale
 from robench.scoring import defense_info
+from robench.strangers import explained
 from robench.targets import Target
 from robench.threat import ThreatModel
 
@@ -129,7 +130,7 @@ def examine(
     told("contract")
     defense, findings = contract_checks.admit(target, dataset, seed=seed, device=device)
     # An undeclared random model draws from the global generators.
-    with isolated_generator(seed, device):
+    with isolated_generator(seed, device), explained(f"{target.name} before the doctor"):
         patient = Examination.of(defense, dataset, threat, seed, device, batch_size, told)
         for check in CHECKS:
             told(check.__name__.replace("_", " "))
