@@ -369,7 +369,7 @@ def test_an_interrupt_is_one_line(robench: Robench, monkeypatch: pytest.MonkeyPa
         (["evaluate", "models.py:seven_classes"], "returns outputs of shape (16, 7)"),
         (["evaluate", "models.py:not_a_number"], "not finite"),
         (["evaluate", "models.py:Fails"], "fails on images of shape (16, 3, 16, 16) of digits: KeyError: 'a key'"),
-        (["evaluate", "models.py:TwoOutputs"], "fails on images of shape (16, 3, 16, 16) of digits: TypeError"),
+        (["evaluate", "models.py:TwoOutputs"], "TwoOutputs does not fit digits: its forward returns an object of type tuple"),
         (["evaluate", "missing.py:build"], "there is no file missing.py"),
         (["evaluate", "models.py:biuld"], "did you mean 'build'"),
         (["evaluate", "models.py:build", "--plugin", "missing.py"], "plugin file missing.py does not exist"),

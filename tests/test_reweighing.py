@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from robench import attacks, data
-from robench.aggregate import crossmax, majority_vote, mean_of_logits, mean_of_probabilities
+from robench.aggregate import Aggregator, crossmax, majority_vote, mean_of_logits, mean_of_probabilities
 from robench.attacks.reweighing import reweighed, weights
 from robench.data import as_float
 from robench.defense import Ensemble
@@ -64,15 +64,19 @@ def test_without_a_share_it_is_the_mean_of_logits() -> None:
     torch.testing.assert_close(loss, nn.functional.cross_entropy(scaled, Y, reduction="none"))
 
 
-@pytest.mark.parametrize("aggregate", [mean_of_probabilities, majority_vote, crossmax])
-def test_adaptive_counts_what_reweighing_finds_in_ensembles_only(networks: list[nn.Module], aggregate: object) -> None:
+@pytest.mark.parametrize(
+    ("aggregate", "members"),
+    [*((aggregate, 2) for aggregate in (mean_of_probabilities, majority_vote, crossmax)), (mean_of_probabilities, 1), (majority_vote, 1)],
+)
+def test_adaptive_counts_what_reweighing_finds_in_ensembles_only(networks: list[nn.Module], aggregate: Aggregator, members: int) -> None:
     split = data.load("digits", "test").first(6)
-    x, threat = as_float(split.images), ThreatModel.parse("Linf:4/255")
-    names = []
-    for members in (networks, networks[:1]):
-        defense = Ensemble(members, aggregate).eval()  # type: ignore[arg-type]
-        found = attacks.parse("adaptive,steps=3,queries=1,targets=1").run(
-            defense, x, split.labels, threat, examples=torch.arange(6), seed=0
-        )
-        names.append([name for name in found.stages if "reweighed" in name])
-    assert names == [["members reweighed, share 0.5", "members reweighed, share 1"], []]
+    found = attacks.parse("adaptive,steps=3,queries=1,targets=1").run(
+        Ensemble(networks[:members], aggregate).eval(),
+        as_float(split.images),
+        split.labels,
+        ThreatModel.parse("Linf:4/255"),
+        examples=torch.arange(6),
+        seed=0,
+    )
+    names = [name for name in found.stages if "reweighed" in name]
+    assert names == (["members reweighed, share 0.5", "members reweighed, share 1"] if members > 1 else [])

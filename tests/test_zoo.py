@@ -354,7 +354,7 @@ def test_the_text_names_every_parameter() -> None:
         ("robust,eps=1,eps=2", "is given 'eps' twice"),
         ("robust,eps=1e400", "eps='1e400' is not of type float"),
         ("robust_average,k=2.5", "k='2.5' is not of type int"),
-        ("robust,eps", "has no parameter 'eps'"),
+        ("robust,eps", "eps needs a value, as in eps=0.5"),
         ("robust,", "has no parameter ''"),
     ],
 )
