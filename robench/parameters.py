@@ -1,6 +1,7 @@
 """Names with parameters, ``robust_average,k=8,eps=0.22``: read by the type that the function's signature gives each one."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -8,6 +9,21 @@ from typing import Any
 from robench.errors import UserError, nearest
 
 Value = str | int | float | bool | None
+
+# An exponent of many digits would take a number of as many digits to write out.
+_NUMBER = re.compile(r"[+-]?(\d{1,400}\.?\d{0,400}|\.\d{1,400})(e[+-]?\d{1,3})?(/\d{1,400})?", re.ASCII | re.IGNORECASE)
+
+
+def exact(text: str) -> Fraction:
+    """Return the number that a text writes, as it is written: ``8/255``, ``0.5``, ``1e-3``.
+
+    Raises:
+        ValueError: for what is no number, or one of more than 400 digits.
+        ZeroDivisionError: for a fraction of zero.
+    """
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"{text!r} is no number")
+    return Fraction(text)
 
 
 def keyword_parameters(function: Callable[..., Any], without: tuple[str, ...] = ()) -> dict[str, Value]:
@@ -51,7 +67,7 @@ def _converted(owner: str, key: str, text: str, annotation: Any) -> Value:
             return text.lower() == "true"
         try:
             if kind is float:
-                return float(Fraction(text))
+                return float(exact(text))
             if kind in (int, str):
                 return int(text) if kind is int else text
         except (ValueError, ZeroDivisionError, OverflowError):

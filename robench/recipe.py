@@ -8,8 +8,15 @@ from typing import Any, Literal
 
 from robench.errors import UserError
 from robench.parameters import Value
+from robench.threat import ThreatModel
 
 Precision = Literal["float32", "bfloat16"]
+
+
+def _at_least(least: float, owner: str, **numbers: float) -> None:
+    for name, value in numbers.items():
+        if not least <= value < math.inf:
+            raise UserError(f"{owner}'s {name} is {value}; it has to be a finite number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,10 @@ class InnerAttack:
     start: Literal["clean", "uniform", "gaussian", "near"]
     objective: Literal["cross-entropy", "divergence"] = "cross-entropy"
     mode: Literal["evaluation", "training"] = "evaluation"
+
+    def __post_init__(self) -> None:
+        ThreatModel.parse(self.threat)
+        _at_least(0, "an inner attack", steps=self.steps, step_size=self.step_size)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Recipe:
         averaging: above 0, what is kept is the exponential moving average of weights and batch norm statistics, with this decay a step.
 
     Raises:
-        UserError: for parts that contradict each other.
+        UserError: for a number out of its range, or parts that contradict each other.
     """
 
     epochs: int
@@ -76,6 +87,15 @@ class Recipe:
     averaging: float = 0.0
 
     def __post_init__(self) -> None:
+        _at_least(1, "a recipe", epochs=self.epochs, batch_size=self.batch_size)
+        _at_least(
+            0,
+            "a recipe",
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            clean_weight=self.clean_weight,
+            trades=self.trades,
+        )
         if self.trades and (self.attack is None or self.clean_weight or self.loss_on != "prediction"):
             raise UserError("a recipe with trades above 0 needs an attack, clean_weight 0 and the loss on the prediction")
         if not 0 <= self.averaging < 1:

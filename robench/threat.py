@@ -9,12 +9,16 @@ from torch import Tensor
 
 from robench import noise
 from robench.errors import UserError
+from robench.parameters import exact
 
 Norm = Literal["Linf", "L2", "L1"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
 
 # float32 images in [0, 1]: the rounding of x + delta stays below this.
 TOLERANCE = 1e-6
+
+LARGEST = 10**8
+"""No budget is larger: images of more values than this do not fit a model."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,21 @@ class ThreatModel:
         """Read ``Linf:8/255`` or ``L2:0.5`` exactly.
 
         Raises:
-            UserError: if the norm is unknown, or the budget is no number or is negative.
+            UserError: if the norm is unknown, or the budget is no number, negative or beyond every image.
         """
         norm, separator, budget = text.partition(":")
         if not separator or norm not in NORMS:
             known = ", ".join(NORMS)
             raise UserError(f"threat model {text!r} is not NORM:BUDGET with a norm of {known}, as in Linf:8/255 or L2:0.5")
         try:
-            value = Fraction(budget.strip())
+            value = exact(budget.strip())
             float(value)
         except (ValueError, ZeroDivisionError, OverflowError):
             raise UserError(f"threat model {text!r}: the budget {budget!r} is no number; write it as 8/255 or 0.5") from None
         if value < 0:
             raise UserError(f"threat model {text!r}: the budget must be at least 0")
+        if value > LARGEST:
+            raise UserError(f"threat model {text!r}: the budget must be at most {LARGEST:,}; no image is as large")
         return cls(norm, value)
 
     def __str__(self) -> str:

@@ -64,11 +64,22 @@ def test_the_summary_says_what_was_trained() -> None:
         ({"trades": 6.0, "attack": ATTACK, "clean_weight": 1.0}, "clean_weight 0"),
         ({"averaging": 1.0}, "at least 0 and below 1"),
         ({"averaging": -0.1}, "at least 0 and below 1"),
+        ({"epochs": 0}, "^a recipe's epochs is 0; it has to be a finite number of at least 1$"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"trades": -1.0, "attack": ATTACK}, "trades is -1.0; it has to be a finite number of at least 0"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_an_error(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dataclasses.replace(PLAIN, **wrong)
+
+
+def test_an_inner_attack_out_of_range_is_an_error() -> None:
+    with pytest.raises(UserError, match="budget must be at least 0"):
+        dataclasses.replace(ATTACK, threat="L2:-1")
+    with pytest.raises(UserError, match="an inner attack's steps is -1"):
+        dataclasses.replace(ATTACK, steps=-1)
 
 
 # Schedules

@@ -62,6 +62,8 @@ def test_budgets_are_read_exactly(text: str, norm: str, budget: Fraction, writte
         ("Linf:nan", "is no number"),
         ("Linf:inf", "is no number"),
         ("L2:1e400", "is no number"),
+        ("Linf:1e99999999", "is no number"),
+        ("L2:1e200", "the budget must be at most 100,000,000; no image is as large"),
         ("Linf:-8/255", "at least 0"),
     ],
 )
