@@ -10,7 +10,8 @@ from robench.errors import UserError
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part.
 
-    The bytes go to a temporary file in the same folder, are synced to disk and renamed over `path`.
+    The bytes go to a temporary file in the same folder, are synced to disk and renamed over `path`, or over what it is a link to. What is
+    no file, as a terminal or a pipe (``/dev/stdout``), is written to as it is.
 
     Raises:
         UserError: if the folder cannot be created or written.
@@ -18,6 +19,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
@@ -26,6 +31,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """What the commands share: the group with its exit codes, common options, and checks of what they name."""
 
 import contextlib
+import errno
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +49,11 @@ class _Main(click.Group):
         except (click.ClickException, UserError) as error:
             text = error.format_message() if isinstance(error, click.ClickException) else str(error)
             click.echo(f"robench: error: {' '.join(text.split())}", err=True)
+            code = 2
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename is not None:
+                raise
+            click.echo(f"robench: error: cannot write what is printed: {error.strerror}", err=True)
             code = 2
         except click.Abort:
             click.echo("robench: interrupted; what was finished is kept in the cache", err=True)
