@@ -35,6 +35,30 @@ def keyword_parameters(function: Callable[..., Any], without: tuple[str, ...] = 
     }
 
 
+def check_registration(
+    owner: str, function: Callable[..., Any], version: object, given: tuple[str, ...], named: tuple[str, ...] = ()
+) -> None:
+    """Make sure that what a plugin registers can be called as it will be, and kept by its version.
+
+    Args:
+        owner: what is registered, for messages (``attack 'pgd'``).
+        function: takes the values `given` by position, those `named` by keyword, and keyword-only parameters with defaults.
+        version: its version.
+        given: what the function is given by position, in order.
+        named: what it is given by keyword.
+
+    Raises:
+        UserError: if it does not, or the version is no whole number of at least 1.
+    """
+    if type(version) is not int or version < 1:
+        raise UserError(f"{owner}: its version is {version!r}; a version is a whole number of at least 1")
+    try:
+        inspect.signature(function).bind(*given, **dict.fromkeys(named))
+    except TypeError as error:
+        form = ", ".join([*given, *(["*", *named] if named else [])])
+        raise UserError(f"{owner} cannot be called as ({form}): {error}; its own parameters are keyword-only, with defaults") from error
+
+
 def read_settings(owner: str, function: Callable[..., Any], settings: list[str], known: Mapping[str, Value]) -> dict[str, Value]:
     """Read ``key=value`` texts into values of the types that `function` annotates.
 

@@ -62,10 +62,22 @@ class Setting:
 
 @dataclass(frozen=True)
 class Specimen:
-    """A defense, untrained, and the stages that train it, in order. Without stages it is ready as it is."""
+    """A defense, untrained, and the stages that train it, in order. Without stages it is ready as it is.
+
+    Raises:
+        UserError: for parts of other types.
+    """
 
     defense: Defense
     stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.defense, Defense):
+            raise UserError(
+                f"a specimen's defense is of type {type(self.defense).__name__} and no Defense; robench.defense.Plain wraps a module"
+            )
+        if not isinstance(self.stages, tuple) or not all(isinstance(stage, Stage) for stage in self.stages):
+            raise UserError("a specimen's stages are no tuple of robench.recipe.Stage")
 
 
 Factory = Callable[..., Specimen]
@@ -144,10 +156,13 @@ def register(*, paper: Paper, version: int, alias: str | None = None) -> Callabl
     The function takes a `Setting` and keyword-only parameters with defaults, and returns a `Specimen`.
 
     Raises:
-        UserError: if the name is taken, naming both origins.
+        UserError: if the name is taken, naming both origins, or the version, the paper or the function is not as above.
     """
 
     def add(factory: Factory) -> Factory:
+        parameters.check_registration(f"defense {factory.__name__!r}", factory, version, ("setting",))
+        if not isinstance(paper, Paper):
+            raise UserError(f"defense {factory.__name__!r}: its paper is of type {type(paper).__name__} and not a robench.zoo.Paper")
         origin = f"{factory.__module__} ({inspect.getsourcefile(factory) or 'no file'})"
         names = [factory.__name__] + ([alias] if alias else [])
         for name in names:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import data, doctor
+from robench import attacks, data, doctor, zoo
 from robench.attacks import Attack, parse
+from robench.defense import Plain
 from robench.errors import UserError
 from robench.evaluation import measure
 from robench.targets import of_module
@@ -83,3 +84,42 @@ def test_an_attack_that_fails_or_takes_other_arguments_is_named() -> None:
 def test_what_fails_in_robench_alone_keeps_its_traceback() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
         measure(of_module(Model(lambda logits: logits), "model"), DIGITS, LINF, replace(parse("fgsm"), parameters={"nonsense": 1}))
+
+
+# What registers
+
+
+@pytest.mark.parametrize(
+    ("version", "function", "message"),
+    [
+        ("one", lambda defense, x, y, threat, *, examples, seed: x, r"^attack 'odd': its version is 'one'; a version is a whole number"),
+        (1, lambda defense, x, y: x, r"^attack 'odd' cannot be called as \(defense, x, y, threat, \*, examples, seed, tries\): too many"),
+        (1, lambda defense, x, y, threat, *, examples, seed: x, "got an unexpected keyword argument 'tries'"),
+        (1, lambda defense, x, y, threat, *, examples, seed, tries, size: x, "missing a required argument: 'size'"),
+    ],
+)
+def test_an_attack_that_could_not_be_run_is_not_registered(version: Any, function: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        attacks.register("odd", version=version, paper="", number="tries")(function)
+    assert "odd" not in attacks.registered()
+
+
+@pytest.mark.parametrize(
+    ("paper", "factory", "message"),
+    [
+        (None, lambda setting: None, r"its paper is of type NoneType and not a robench.zoo.Paper$"),
+        (zoo.entries()["natural"].paper, lambda: None, r"cannot be called as \(setting\): too many positional arguments"),
+        (zoo.entries()["natural"].paper, lambda setting, *, k: None, r"missing a required argument: 'k'"),
+    ],
+)
+def test_a_defense_that_could_not_be_built_is_not_registered(paper: Any, factory: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        zoo.register(paper=paper, version=1)(factory)
+    assert "<lambda>" not in zoo.entries()
+
+
+def test_a_specimen_is_of_a_defense_and_stages() -> None:
+    with pytest.raises(UserError, match=r"defense is of type Linear and no Defense; robench.defense.Plain wraps a module$"):
+        zoo.Specimen(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"stages are no tuple of robench.recipe.Stage$"):
+        zoo.Specimen(Plain(nn.Linear(2, 2)), stages=["train"])  # type: ignore[arg-type]

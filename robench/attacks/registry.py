@@ -11,7 +11,7 @@ from torch import Tensor
 from robench import plugins
 from robench.defense import Defense
 from robench.errors import UserError, nearest
-from robench.parameters import Value, keyword_parameters, read_settings
+from robench.parameters import Value, check_registration, keyword_parameters, read_settings
 from robench.threat import ThreatModel
 
 
@@ -146,12 +146,14 @@ def register(
     learns from training images, and `random_version` for one of another version on random defenses (see `RegisteredAttack`).
 
     Raises:
-        UserError: if the name is taken.
+        UserError: if the name is taken, the version is none, or the function cannot be called as an attack is.
     """
 
     def add(function: F) -> F:
         if name in _ATTACKS:
             raise UserError(f"the attack name {name!r} is taken by {_ATTACKS[name].function.__module__}")
+        named = (() if apply else ("examples",)) + ("seed",) + ((number,) if number else ())
+        check_registration(f"attack {name!r}", function, version, ("defense", "x", "y", "threat"), named)
         _ATTACKS[name] = RegisteredAttack(name, function, version, paper, number, apply, random_version)
         return function
 
