@@ -11,13 +11,12 @@ from queue import Queue
 import torch
 from rich.console import Console
 
-from robench import attacks, claim, leaderboard, record, settlement, verdicts
+from robench import attacks, claim, leaderboard, leaderboard_table, record, settlement, verdicts, zoo
 from robench.accuracies import clean_estimate, robust_estimate
 from robench.claim import STRONGEST, Accuracy, Claim
 from robench.errors import UserError
 from robench.record import Record
 from robench.workbench import Workbench
-from robench.zoo import entries
 
 DATASET = "digits"
 CURVE = ("natural", "ensemble2", "single_adv", "ensemble2_adv", "separate2_adv", "robust_average,k=4,eps=1", "composite,eps=2,alpha=0.2",
@@ -57,10 +56,10 @@ def run(*, out: Path, cache: Path | None = None, echo: Callable[[str], None]) ->
     rows = leaderboard.rows(
         [r for r in bench.records if r.dataset.n == len(bench.dataset)],
         attack_version=attacks.current_version,
-        defense_versions={name: entry.version for name, entry in entries().items()},
+        defense_versions={name: entry.version for name, entry in zoo.entries().items()},
     )
     console = Console(width=200)
-    console.print(leaderboard.as_table(rows))
+    console.print(leaderboard_table.as_table(rows, zoo.short))
     console.print(verdicts.as_table(settled))
     console.print(f"records: {out / 'records'}   figure: {figure}", soft_wrap=True)
     return 0 if all(s.as_stood_by for s in settled) else 1

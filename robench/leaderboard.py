@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, get_args
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 from tabulate import tabulate
 
 from robench.accuracies import clean_estimate, worst_case
@@ -32,6 +29,22 @@ AttackVersion = Callable[[str, bool], int | None]
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What a claim came to: its name, its verdict and its status under the strongest attacks."""
+
+    claim: str
+    verdict: str
+    status: str
+
+    def __str__(self) -> str:
+        return f"{self.claim}: {self.verdict}, {self.status}"
+
+
+Findings = Mapping[tuple[str, str, str, str | None], Sequence[Finding]]
+"""By a defense's full name, a data set, a scale and a threat model, or None for claims that are about none."""
+
+
+@dataclass(frozen=True)
 class Row:
     """One trained defense on one data set, under one threat model, at one scale.
 
@@ -39,14 +52,14 @@ class Row:
         records: what the row is made of, the strongest attack first.
         robust: the robust accuracy, the worst case over the attacks on each example.
         clean: the clean accuracy, on the most examples measured.
-        verdicts: what the claims say of the defense.
+        verdicts: what the claims say of the defense here.
         stale: why the row should be measured again, one line each; empty if it is current.
     """
 
     records: tuple[Record, ...]
     robust: Estimate
     clean: Estimate
-    verdicts: tuple[str, ...] = ()
+    verdicts: tuple[Finding, ...] = ()
     stale: tuple[str, ...] = ()
 
     @property
@@ -93,7 +106,7 @@ def rows(
     *,
     dataset: str | None = None,
     threat: str | None = None,
-    verdicts: Mapping[str, Sequence[str]] | None = None,
+    verdicts: Findings | None = None,
     attack_version: AttackVersion | None = None,
     defense_versions: Mapping[str, int] | None = None,
 ) -> list[Row]:
@@ -103,7 +116,7 @@ def rows(
         records: any records, in any order.
         dataset: keep only this data set.
         threat: keep only this threat model (``Linf:8/255``).
-        verdicts: texts by the defense's full name.
+        verdicts: what claims came to.
         attack_version: gives the current version of a record's attack, from its name and whether the defense is random, or None
             for one that is not registered. Another recorded version makes a row stale.
         defense_versions: likewise, by the defense's name without parameters.
@@ -124,24 +137,16 @@ def rows(
                 records=tuple(members),
                 robust=robust,
                 clean=clean_estimate(max(members, key=lambda record: record.dataset.n)),
-                verdicts=tuple((verdicts or {}).get(strongest.defense.name, ())),
+                verdicts=_about(strongest, verdicts or {}),
                 stale=_stale(members, attack_version or (lambda _name, _random: None), defense_versions or {}),
             )
         )
     return sorted(made, key=_order)
 
 
-def as_table(leaderboard: Sequence[Row]) -> RenderableType:
-    """Return the rows as a table for the terminal, or one line if there are none."""
-    if not leaderboard:
-        return EMPTY
-    table = Table(caption=NOTE)
-    for header in HEADERS:
-        # A name is folded, never cut short.
-        table.add_column(header, overflow="fold")
-    for row in leaderboard:
-        table.add_row(*map(Text, cells(row)))
-    return table
+def _about(record: Record, verdicts: Findings) -> tuple[Finding, ...]:
+    subject = (record.defense.name, record.dataset.name, record.scale)
+    return (*verdicts.get((*subject, record.threat), ()), *verdicts.get((*subject, None), ()))
 
 
 def as_markdown(leaderboard: Sequence[Row]) -> str:
@@ -222,7 +227,7 @@ def cells(row: Row) -> list[str]:
         f"{_passes(record.cost.forwards)} / {_passes(record.cost.backwards)}",
         record.scale,
         record.hardware,
-        "; ".join(row.verdicts),
+        "; ".join(map(str, row.verdicts)),
         "; ".join(row.notes),
     ]
 
@@ -254,7 +259,7 @@ def _full(row: Row) -> dict[str, Any]:
         "cost": record.cost.model_dump(),
         "random_score": record.random_score and record.random_score.model_dump(mode="json"),
         "hardware": {"device": record.provenance.device, "processor": record.hardware},
-        "verdicts": list(row.verdicts),
+        "verdicts": [str(finding) for finding in row.verdicts],
         "stale": list(row.stale),
         "notes": list(row.notes),
     }
@@ -303,6 +308,6 @@ def _columns(row: Row) -> tuple[Any, ...]:
         record.cost.backwards,
         *((score.draws, score.mean.value, score.worst.value) if score else ("", "", "")),
         record.hardware,
-        "; ".join(row.verdicts),
+        "; ".join(map(str, row.verdicts)),
         "; ".join(row.notes),
     )

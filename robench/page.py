@@ -28,7 +28,7 @@ def _row(row: Row) -> dict[str, Any]:
         "texts": dict(zip(HEADERS, cells(row), strict=True)),
         "shares": {ROBUST: _share(row.robust) | {"untrusted": not row.trustworthy}, CLEAN: _share(row.clean) | {"untrusted": False}},
         "numbers": {COST: record.cost.forwards + record.cost.backwards},
-        "lists": {VERDICTS: row.verdicts, NOTES: row.notes},
+        "lists": {VERDICTS: list(map(str, row.verdicts)), NOTES: row.notes},
     }
 
 

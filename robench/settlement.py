@@ -308,12 +308,3 @@ def settle_all(records: Sequence[Record], dataset: str | None = None) -> list[Se
                 except UnsettledError:
                     continue
     return settled
-
-
-def verdicts_by_defense(settlements: Iterable[Settlement]) -> dict[str, list[str]]:
-    """Return, by a defense's full name, a line for each settled claim that is about it."""
-    lines: dict[str, list[str]] = {}
-    for s in settlements:
-        for name in {zoo.parse(accuracy.defense).text for _, accuracy in s.claim.trial(s.dataset, s.scale).quantity.terms}:
-            lines.setdefault(name, []).append(f"{s.claim.name} ({s.dataset}, {s.scale}): {s.verdict}, {s.status}")
-    return lines

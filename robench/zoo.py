@@ -222,5 +222,15 @@ def parse(text: str) -> Named:
     return Named(entry, own | parameters.read_settings(f"defense {name!r}", entry.factory, settings, own), epochs)
 
 
+def short(text: str) -> str:
+    """Return a full name without the parameters that are at their default, as a user would type it; one not registered as it is."""
+    try:
+        named = parse(text)
+    except UserError:
+        return text
+    other = {key: value for key, value in named.values.items() if value != named.entry.defaults()[key]}
+    return parameters.written(named.entry.alias_of or named.entry.name, other | {EPOCHS: named.epochs})
+
+
 def _every_defense(*, epochs: int) -> None:
     """Give the type of what every trained defense can be asked for."""

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from robench import leaderboard
+from robench import leaderboard, leaderboard_table
 from robench.errors import UserError
-from robench.leaderboard import EMPTY, NOTE, as_csv, as_json, as_markdown, as_table, rows
+from robench.leaderboard import EMPTY, NOTE, Finding, Findings, as_csv, as_json, as_markdown, rows
 from robench.record import Record
 
 Build = Callable[..., Record]
@@ -17,7 +17,7 @@ Build = Callable[..., Record]
 
 def rendered(made: list[leaderboard.Row]) -> str:
     console = Console(width=400, file=io.StringIO(), color_system=None)
-    console.print(as_table(made))
+    console.print(leaderboard_table.as_table(made))
     output = console.file
     assert isinstance(output, io.StringIO)
     return output.getvalue()
@@ -53,7 +53,7 @@ def test_the_strongest_attack_comes_first_even_if_a_shorter_run_has_a_lower_shar
 def test_no_part_of_a_name_is_cut_off_in_a_narrow_terminal(make_record: Build) -> None:
     name = "a_defense_of_a_long_name,with=1,many=2,parameters=3"
     console = Console(width=120, file=io.StringIO(), color_system=None)
-    console.print(as_table(rows([make_record(defense={"name": name})])))
+    console.print(leaderboard_table.as_table(rows([make_record(defense={"name": name})])))
     output = console.file
     assert isinstance(output, io.StringIO)
     cells = [line.split("│")[1].strip() for line in output.getvalue().splitlines() if line.startswith("│")]
@@ -148,14 +148,23 @@ def test_a_row_says_that_a_record_was_made_in_parts_and_names_every_processor(ma
 
 def test_every_rendering_has_the_same_numbers(make_record: Build) -> None:
     record = make_record([1, 0, 1], defense={"name": "odd|name[red],k=1"}, partial="stopped after\n2 of 3 stages")
-    made = rows([record], verdicts={"odd|name[red],k=1": ["R1: holds", "R4: broken"], "other": ["R2: holds"]})
+    verdicts: Findings = {
+        (record.defense.name, "digits", record.scale, record.threat): [Finding("R1", "reproduced", "holds")],
+        (record.defense.name, "digits", record.scale, None): [Finding("R4", "reproduced", "broken")],
+        (record.defense.name, "cifar10", record.scale, record.threat): [Finding("R2", "reproduced", "holds")],
+        ("other", "digits", record.scale, record.threat): [Finding("R3", "reproduced", "holds")],
+    }
+    made = rows([record], verdicts=verdicts)
     text, terminal = as_markdown(made), rendered(made)
     assert "odd\\|name[red],k=1 (seed 0)" in text
-    assert "odd|name[red],k=1 (seed 0)" in terminal
+    assert "odd|name[red],k=1 " in terminal
+    assert "R1: reproduced, holds; R4: reproduced, broken" in text
+    assert "R2" not in text
+    assert "R3" not in text
+    assert "1 hold, 1 broken" in terminal
+    assert "1. partial (pgd-20): stopped after 2 of 3 stages" in " ".join(terminal.split())
     for rendering in (text, terminal):
         assert "66.7 % [20.8, 93.9] (n=3)" in rendering
-        assert "R1: holds; R4: broken" in rendering
-        assert "R2" not in rendering
         assert NOTE in " ".join(rendering.split())
     header, rule, line, blank, _note = text.split("\n")
     # The bar inside the name is escaped and does not add a cell.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from robench.leaderboard import EMPTY, HEADERS, cells, rows
+from robench.leaderboard import EMPTY, HEADERS, Finding, cells, rows
 from robench.page import as_html
 from robench.record import Record
 
@@ -58,7 +58,7 @@ def page(make_record: Build) -> str:
                 make_record([0, 0, 0, 1], defense={"name": "low"}, threat="Linf:16/255"),
                 make_record([0, 0, 1, 1], defense={"name": "<script>middle</script>"}),
             ],
-            verdicts={"high": ("a claim: reproduced, holds",)},
+            verdicts={("high", "digits", "smoke", "Linf:8/255"): [Finding("a claim", "reproduced", "holds")]},
         )
     )
 

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 from rich.console import Console
 
-from robench import verdicts
-from robench.claim import Claim, Quantity, Trial, above, clean
+from robench import verdicts, zoo
+from robench.claim import Claim, Quantity, Trial, above, clean, robust
 from robench.estimate import Estimate
+from robench.leaderboard import Finding
 from robench.settlement import Settlement
 from robench.zoo import Paper
 
@@ -35,3 +37,15 @@ def test_an_outcome_that_is_not_stood_by_shows() -> None:
     assert made.as_stood_by
     other = Settlement(made.claim, "digits", "smoke", made.estimate, "not reproduced", made.strongest, "holds", ())
     assert not other.as_stood_by
+
+
+def test_a_claim_is_told_in_the_rows_that_it_is_about() -> None:
+    quantity = robust("natural", "Linf:16/510", "pgd-20") - robust("single_adv", "Linf:8/255", "pgd-20")
+    made = settlement()
+    of_both = replace(made, claim=replace(made.claim, name="both", trials=(Trial("digits", quantity, scales=("smoke",)),)), status="open")
+    natural, adversarial = (zoo.parse(name).text for name in ("natural", "single_adv"))
+    assert verdicts.by_row([made, of_both]) == {
+        (natural, "digits", "smoke", None): [Finding("a-claim", "reproduced", "holds")],
+        (natural, "digits", "smoke", "Linf:8/255"): [Finding("both", "reproduced", "open")],
+        (adversarial, "digits", "smoke", "Linf:8/255"): [Finding("both", "reproduced", "open")],
+    }

@@ -530,3 +530,18 @@ def test_a_plugin_that_is_no_python_file_is_an_error(registry: dict[str, zoo.Ent
     (tmp_path / "plugin.txt").write_text("text")
     with pytest.raises(UserError, match=message):
         zoo.discover([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("robust_average,k=4,eps=1", "robust_average,k=4,eps=1.0"),
+        ("multires_self_ensemble,k=3,variant=as_published", "multires_self_ensemble"),
+        ("baseline,epochs=20", "natural,epochs=20"),
+        ("a-stranger's,k=3", "a-stranger's,k=3"),
+    ],
+)
+def test_a_short_name_leaves_out_defaults_and_means_the_same(text: str, short: str) -> None:
+    full = zoo.parse(text).text if "stranger" not in text else text
+    assert zoo.short(full) == short
+    assert "stranger" in text or zoo.parse(short).text == full

@@ -72,20 +72,20 @@ def campaign(
 @plugin_option
 def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]) -> None:
     """Rank the defenses by what the records say."""
-    from robench import attacks, console, leaderboard, page, record, settlement, zoo
+    from robench import attacks, console, leaderboard, leaderboard_table, page, record, settlement, verdicts, zoo
 
     load_plugins(plugins)
     known = record.load_folder(records)
     rows = leaderboard.rows(
-        known, dataset=dataset, threat=threat, verdicts=settlement.verdicts_by_defense(settlement.settle_all(known)),
+        known, dataset=dataset, threat=threat, verdicts=verdicts.by_row(settlement.settle_all(known)),
         attack_version=attacks.current_version,
         defense_versions={name: entry.version for name, entry in zoo.entries().items()},
     )  # fmt: skip
     if style == "table" and out is None:
-        console.show(leaderboard.as_table(rows))
+        console.show(leaderboard_table.as_table(rows, zoo.short))
         return
     renderings: dict[str, Callable[[], str]] = {
-        "table": lambda: console.as_text(leaderboard.as_table(rows)),
+        "table": lambda: console.as_text(leaderboard_table.as_table(rows, zoo.short)),
         "md": lambda: leaderboard.as_markdown(rows) + "\n",
         "html": lambda: page.as_html(rows),
         "json": lambda: leaderboard.as_json(rows) + "\n",
