@@ -102,6 +102,8 @@ def measured(name: str, members: int, steps: int, images: Tensor, labels: Tensor
 
 def main() -> None:
     """Measure and print."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU that torch can use; python -m benchmarks.training is for the CPU")
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH * 64, 3, 32, 32), dtype=torch.uint8, generator=generator).to(DEVICE)
     labels = torch.randint(0, 10, (len(images),), generator=generator).to(DEVICE)
