@@ -1,19 +1,15 @@
-"""The leaderboard: rows made from records, and their renderings. Pure functions: nothing here reads a file."""
+"""The leaderboard: rows made from records. Pure functions: nothing here reads a file."""
 
-import csv
-import io
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, get_args
-
-from tabulate import tabulate
 
 from robench.accuracies import clean_estimate, worst_case
 from robench.controls import failures
 from robench.estimate import Estimate
-from robench.record import Proportion, Record, Scale, file_name
+from robench.record import Record, Scale, file_name
 from robench.threat import ThreatModel
 
 NOTE = (
@@ -54,6 +50,7 @@ class Row:
         clean: the clean accuracy, on the most examples measured.
         verdicts: what the claims say of the defense here.
         stale: why the row should be measured again, one line each; empty if it is current.
+        twin: whether another row is of the same name and place, but of other weights.
     """
 
     records: tuple[Record, ...]
@@ -61,11 +58,18 @@ class Row:
     clean: Estimate
     verdicts: tuple[Finding, ...] = ()
     stale: tuple[str, ...] = ()
+    twin: bool = False
 
     @property
     def strongest(self) -> Record:
         """The record with the strongest single attack."""
         return self.records[0]
+
+    @property
+    def copy(self) -> tuple[str, ...]:
+        """Which of the defense's trained copies it is: its seed, and its weights where another row would look the same."""
+        defense = self.strongest.defense
+        return (f"seed {defense.training_seed}", *([f"weights {defense.weights_sha256[:8]}"] if self.twin else []))
 
     @property
     def attacks(self) -> tuple[str, ...]:
@@ -141,33 +145,19 @@ def rows(
                 stale=_stale(members, attack_version or (lambda _name, _random: None), defense_versions or {}),
             )
         )
-    return sorted(made, key=_order)
+    named = Counter(map(_shown, made))
+    return sorted((replace(row, twin=named[_shown(row)] > 1) for row in made), key=_order)
+
+
+def _shown(row: Row) -> tuple[Any, ...]:
+    """Return what a reader tells rows apart by."""
+    record = row.strongest
+    return (record.defense.name, record.defense.training_seed, record.dataset.name, record.threat, record.scale)
 
 
 def _about(record: Record, verdicts: Findings) -> tuple[Finding, ...]:
     subject = (record.defense.name, record.dataset.name, record.scale)
     return (*verdicts.get((*subject, record.threat), ()), *verdicts.get((*subject, None), ()))
-
-
-def as_markdown(leaderboard: Sequence[Row]) -> str:
-    """Return the rows as a GitHub table with its note, or one line if there are none."""
-    if not leaderboard:
-        return EMPTY
-    # A bar or a line break in a text would end its cell.
-    lines = [[" ".join(cell.replace("|", "\\|").split()) for cell in cells(row)] for row in leaderboard]
-    return f"{tabulate(lines, headers=HEADERS, tablefmt='github', disable_numparse=True)}\n\n{NOTE}"
-
-
-def as_json(leaderboard: Sequence[Row]) -> str:
-    """Return ``{"note": ..., "rows": [...]}``: shares as fractions with intervals, attacks with all parameters."""
-    return json.dumps({"note": NOTE, "rows": [_full(row) for row in leaderboard]}, indent=1)
-
-
-def as_csv(leaderboard: Sequence[Row]) -> str:
-    """Return a line for each row under a header line; shares are fractions, and ``; `` is between texts."""
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([_CSV_HEADERS, *map(_columns, leaderboard)])
-    return stream.getvalue()
 
 
 def _subject(record: Record) -> tuple[Any, ...]:
@@ -193,121 +183,3 @@ def _stale(records: Sequence[Record], attack_version: AttackVersion, defense_ver
         if now not in (None, attack.version):
             reasons.append(f"{attack.name} was version {attack.version}, now {now}")
     return tuple(dict.fromkeys(reasons))
-
-
-ROBUST, CLEAN, COST, VERDICTS, NOTES = "robust accuracy", "clean accuracy", "forwards/backwards per image", "verdicts", "notes"
-HEADERS = (
-    "defense",
-    "data",
-    "threat",
-    ROBUST,
-    CLEAN,
-    "strongest attack",
-    "attacks run",
-    COST,
-    "scale",
-    "hardware",
-    VERDICTS,
-    NOTES,
-)
-
-
-def cells(row: Row) -> list[str]:
-    """Return a row's texts, one for each of `HEADERS`."""
-    record = row.strongest
-    return [
-        # Without the seed, independently trained copies would look alike.
-        f"{record.defense.name} (seed {record.defense.training_seed})",
-        record.dataset.name,
-        record.threat,
-        row.bound,
-        str(row.clean),
-        record.attack.name,
-        ", ".join(row.attacks),
-        f"{_passes(record.cost.forwards)} / {_passes(record.cost.backwards)}",
-        record.scale,
-        record.hardware,
-        "; ".join(map(str, row.verdicts)),
-        "; ".join(row.notes),
-    ]
-
-
-def _passes(count: float) -> str:
-    """Return passes per image as they are shown."""
-    return f"{count:,.0f}" if count >= 10 or count == int(count) else f"{count:.1f}"
-
-
-def _share(estimate: Estimate | Proportion) -> dict[str, float]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
-
-
-def _full(row: Row) -> dict[str, Any]:
-    record = row.strongest
-    return {
-        "defense": record.defense.model_dump(mode="json"),
-        "dataset": record.dataset.name,
-        "threat": record.threat,
-        "scale": record.scale,
-        "robust_accuracy": _share(row.robust),
-        "clean_accuracy": _share(row.clean),
-        "trustworthy": row.trustworthy,
-        "strongest_attack": record.attack.name,
-        "attacks": [
-            r.attack.model_dump(mode="json") | {"seed": r.seed, "robust_accuracy": _share(r.robust_accuracy), "cost": r.cost.model_dump()}
-            for r in row.records
-        ],
-        "cost": record.cost.model_dump(),
-        "random_score": record.random_score and record.random_score.model_dump(mode="json"),
-        "hardware": {"device": record.provenance.device, "processor": record.hardware},
-        "verdicts": [str(finding) for finding in row.verdicts],
-        "stale": list(row.stale),
-        "notes": list(row.notes),
-    }
-
-
-_CSV_HEADERS = (
-    "defense",
-    "training_seed",
-    "dataset",
-    "threat",
-    "scale",
-    "robust_accuracy",
-    "robust_low",
-    "robust_high",
-    "robust_n",
-    "clean_accuracy",
-    "clean_low",
-    "clean_high",
-    "clean_n",
-    "strongest_attack",
-    "attacks",
-    "forwards_per_image",
-    "backwards_per_image",
-    "random_draws",
-    "random_mean",
-    "random_worst_draw",
-    "hardware",
-    "verdicts",
-    "notes",
-)
-
-
-def _columns(row: Row) -> tuple[Any, ...]:
-    record, score = row.strongest, row.strongest.random_score
-    return (
-        record.defense.name,
-        record.defense.training_seed,
-        record.dataset.name,
-        record.threat,
-        record.scale,
-        *_share(row.robust).values(),
-        *_share(row.clean).values(),
-        record.attack.name,
-        "; ".join(row.attacks),
-        record.cost.forwards,
-        record.cost.backwards,
-        *((score.draws, score.mean.value, score.worst.value) if score else ("", "", "")),
-        record.hardware,
-        "; ".join(map(str, row.verdicts)),
-        "; ".join(row.notes),
-    )

@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from robench.leaderboard import CLEAN, EMPTY, NOTE, ROBUST, Row
+from robench.leaderboard import EMPTY, NOTE, Row
+from robench.leaderboard_formats import CLEAN, ROBUST
 
 COLUMNS = ("defense", ROBUST, CLEAN, "strongest attack", "claims", "notes")
 STATUSES = {"holds": "hold", "broken": "broken", "open": "open"}
@@ -46,7 +47,7 @@ def _place(row: Row) -> str:
 
 def _cells(row: Row, short: Callable[[str], str]) -> list[str]:
     record = row.strongest
-    copy = f" (seed {record.defense.training_seed})" if record.defense.training_seed else ""
+    copy = f" ({', '.join(row.copy)})" if record.defense.training_seed or row.twin else ""
     counts = Counter(finding.status for finding in row.verdicts)
     claims = ", ".join(f"{counts[status]} {word}" for status, word in STATUSES.items() if counts[status])
     return [short(record.defense.name) + copy, row.bound, str(row.clean), record.attack.name, claims]

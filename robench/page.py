@@ -6,7 +6,8 @@ from typing import Any
 import jinja2
 
 from robench.estimate import Estimate
-from robench.leaderboard import CLEAN, COST, EMPTY, HEADERS, NOTE, NOTES, ROBUST, VERDICTS, Row, cells
+from robench.leaderboard import EMPTY, NOTE, Row
+from robench.leaderboard_formats import CLEAN, COST, HEADERS, NOTES, ROBUST, VERDICTS, cells
 
 FILTERS = ("dataset", "threat", "scale")
 

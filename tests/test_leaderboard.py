@@ -9,7 +9,8 @@ from rich.console import Console
 
 from robench import leaderboard, leaderboard_table
 from robench.errors import UserError
-from robench.leaderboard import EMPTY, NOTE, Finding, Findings, as_csv, as_json, as_markdown, rows
+from robench.leaderboard import EMPTY, NOTE, Finding, Findings, rows
+from robench.leaderboard_formats import as_csv, as_json, as_markdown
 from robench.record import Record
 
 Build = Callable[..., Record]
@@ -74,6 +75,15 @@ def test_rows_are_apart_by_all_that_makes_another_subject(make_record: Build) ->
     ]
     assert len(rows([make_record(**change) for change in changes])) == len(changes)
     assert len(rows([make_record(seed=seed) for seed in range(3)])) == 1
+
+
+def test_rows_of_one_name_and_other_weights_are_told_apart(make_record: Build) -> None:
+    weights = [{"weights_sha256": half * 32} for half in ("ab", "cd")]
+    alone, *twins = rows([make_record(defense={"name": "alone"}), *(make_record(defense={"name": "twin"} | each) for each in weights)])
+    assert (alone.copy, {row.copy for row in twins}) == (("seed 0",), {("seed 0", f"weights {half * 4}") for half in ("ab", "cd")})
+    for text in (as_markdown([alone, *twins]), rendered([alone, *twins])):
+        assert text.count("weights abababab") == text.count("weights cdcdcdcd") == 1
+        assert text.count("weights ") == 2
 
 
 def test_rows_are_sorted_by_place_and_then_by_robust_accuracy(make_record: Build) -> None:

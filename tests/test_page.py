@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from robench.leaderboard import EMPTY, HEADERS, Finding, cells, rows
+from robench.leaderboard import EMPTY, Finding, rows
+from robench.leaderboard_formats import HEADERS, cells
 from robench.page import as_html
 from robench.record import Record
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import attacks, console, controls, data, leaderboard, record
+from robench import attacks, console, controls, data, leaderboard, leaderboard_formats, record
 from robench.attacks import Attack, Found
 from robench.data import as_float
 from robench.defense import Defense, FreshDraws
@@ -233,9 +233,9 @@ def test_a_row_is_not_trustworthy_if_every_attack_on_it_fails_a_control(make_rec
     few = controlled(make_record, n=10).model_copy(update={"seed": 1})
     assert not leaderboard.rows([bad, few])[0].trustworthy, "the other images were attacked by what failed alone"
     assert "no trustworthy upper bound: every attack that was run on all examples fails a control" in alone.notes
-    for text in (leaderboard.as_markdown([alone]), leaderboard.as_csv([alone])):
+    for text in (leaderboard_formats.as_markdown([alone]), leaderboard_formats.as_csv([alone])):
         assert "control failed (pgd-20): unbounded leaves 50.0 %" in text
-    assert json.loads(leaderboard.as_json([alone]))["rows"][0]["trustworthy"] is False
+    assert json.loads(leaderboard_formats.as_json([alone]))["rows"][0]["trustworthy"] is False
     assert dict(console.outcome(bad))["controls"].startswith("failed: unbounded leaves 50.0 %")
     assert dict(console.outcome(good))["controls"] == "passed"
     assert "controls" not in dict(console.outcome(make_record([1, 0])))

@@ -72,7 +72,7 @@ def campaign(
 @plugin_option
 def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str | None, records: Path, plugins: tuple[Path, ...]) -> None:
     """Rank the defenses by what the records say."""
-    from robench import attacks, console, leaderboard, leaderboard_table, page, record, settlement, verdicts, zoo
+    from robench import attacks, console, leaderboard, leaderboard_formats, leaderboard_table, page, record, settlement, verdicts, zoo
 
     load_plugins(plugins)
     known = record.load_folder(records)
@@ -86,10 +86,10 @@ def leaderboard(style: str, out: Path | None, dataset: str | None, threat: str |
         return
     renderings: dict[str, Callable[[], str]] = {
         "table": lambda: console.as_text(leaderboard_table.as_table(rows, zoo.short)),
-        "md": lambda: leaderboard.as_markdown(rows) + "\n",
+        "md": lambda: leaderboard_formats.as_markdown(rows) + "\n",
         "html": lambda: page.as_html(rows),
-        "json": lambda: leaderboard.as_json(rows) + "\n",
-        "csv": lambda: leaderboard.as_csv(rows),
+        "json": lambda: leaderboard_formats.as_json(rows) + "\n",
+        "csv": lambda: leaderboard_formats.as_csv(rows),
     }
     text = renderings[style]()
     if out is None:
