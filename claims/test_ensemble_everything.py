@@ -101,7 +101,7 @@ def crossmax_over(aggregation: str) -> Measure:
 
 def plain_networks(factor: float) -> tuple[Trial, ...]:
     """Return the trials of CrossMax against the mean of plain networks times a factor: ten as in Figure 4, five at small scales."""
-    more = "The paper's attack leaves 71 times as many of 5000 images (22.8 and 0.3 %), transfer from the mean about as few (0.9 and 0.8 %)."
+    more = "The paper's attack leaves 71 times as many of 5000 images (22.8 and 0.3 %), transfer from the mean as few (0.9, 0.8 %)."
     left = "Under transfer from the mean 5 of the 39 points are left, too near 5 to tell."
     small = broken(left) if factor == 1 else broken("Here the factor is far below 17, and lower under transfer.", "not reproduced")
     cpu = broken(FOOLED) if factor == 1 else broken(more, "not reproduced")
