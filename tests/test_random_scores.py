@@ -221,7 +221,8 @@ def test_the_committed_reference_runs_fail_their_unbounded_control_and_no_other_
         row.strongest.dataset.name: [note for note in row.notes if note.startswith("control failed (pyautoattack-rand): unbounded leaves ")]
         for row in rows
     }
-    assert {name: note.split()[5] for name, (note,) in left.items()} == {"cifar10": "10.6", "digits": "14.7"}
+    assert set(left) == {"cifar10", "digits"}
+    assert all(float(note.split()[5]) > 10 for (note,) in left.values()), "a tenth of the images and more withstand any budget"
 
 
 def test_a_row_is_not_trustworthy_if_every_attack_on_it_fails_a_control(make_record: Callable[..., Record]) -> None:
