@@ -10,12 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robench.attacks.layers import Forward, Place, watching
+from robench.attacks.layers import Forward, Place, Sight, watching
 from robench.attacks.objective import spread_gradient
 from robench.attacks.views import View
 from robench.cost import count_backwards
 from robench.defense import Defense, Plain
 from robench.noise import Draw
+
+KEEPS = {
+    "StackBackward0",
+    "UnbindBackward0",
+    "UnsqueezeBackward0",
+    "SqueezeBackward1",
+    "SelectBackward0",
+    "ViewBackward0",
+    "CloneBackward0",
+}
+"""Steps between a layer's answer and a predictor's logits that leave its gradient as it is."""
 
 MOST = 4
 """Layers tried, the first in the forward."""
@@ -66,7 +77,7 @@ class Within(View):
 def answers(seen: Forward, predictors: Tensor, alike: float) -> tuple[Within, ...]:
     """Return views of the layers that answer with a value for each class and whose gradient is none of the predictors'.
 
-    Left out are the layers of a defense within this one, which tells its own structure, and those on whose answer nothing depends.
+    Left out are the layers of a defense within this one that tells its structure, and those on whose answer nothing depends.
 
     Args:
         seen: a forward on images (B, C, H, W) that take a gradient.
@@ -74,29 +85,51 @@ def answers(seen: Forward, predictors: Tensor, alike: float) -> tuple[Within, ..
         alike: gradients of at least this cosine, for all of the images, are taken for the same.
     """
     shape = (predictors.shape[0], predictors.shape[2])
-    structured = [part for part in seen.defense.modules() if isinstance(part, Defense) and part is not seen.defense]
-    told = {layer for part in structured if not isinstance(part, Plain) for layer in part.modules()}
+    # What stands within a plain module is told by none.
+    within = [] if isinstance(seen.defense, Plain) else [part for part in seen.defense.modules() if part is not seen.defense]
+    told = {layer for part in within if isinstance(part, Defense) and not isinstance(part, Plain) for layer in part.modules()}
     sights = [sight for sight in seen.sights if sight.place.returned and sight.tensor.shape == shape and sight.place.layer not in told]
     # First what needs no backward pass: a network's last layer answers as the predictor that the network is.
-    sights = [sight for sight in sights if not any(bool((sight.tensor == own).all()) for own in predictors.unbind(1))]
-    if not (sights := [sight for sight in sights if _matters(sight.tensor, predictors)]):
+    sights = [sight for sight in sights if not any(_is(sight.tensor, own) for own in predictors.unbind(1))]
+    if not (sights := [sight for sight in sights if _matters(seen, sight, predictors)]):
         return ()
     known = [spread_gradient(logits, seen.x) for logits in (*predictors.unbind(1), predictors.float().mean(1))]
     found = list[Within]()
     for sight in sights:
-        within = Within(seen.defense, sight.place)
-        logits = sight.tensor if sight.tensor.requires_grad else within.predictors(seen.x, seen.draw)[:, 0]
+        view = Within(seen.defense, sight.place)
+        logits = sight.tensor if sight.tensor.requires_grad else view.predictors(seen.x, seen.draw)[:, 0]
         gradient = spread_gradient(logits, seen.x)
         same = [functional.cosine_similarity(gradient, other, eps=1e-30).amin() >= alike for other in known]
         if bool((gradient != 0).any()) and not any(same):
-            found.append(within)
+            found.append(view)
             known.append(gradient)
     return tuple(found[:MOST])
 
 
-def _matters(answer: Tensor, predictors: Tensor) -> bool:
-    """Say whether predictors' logits depend on a layer's answer, as far as their graph tells."""
-    if not (answer.requires_grad and predictors.requires_grad):
+def _is(answer: Tensor, own: Tensor) -> bool:
+    """Say whether a predictor's logits are a layer's answer, gradient and all: the same values, and nothing done between the two."""
+    if not bool((answer == own).all()):
+        return False
+    if not (answer.requires_grad and own.requires_grad):
         return True
-    (gradient,) = torch.autograd.grad(predictors.sum(), answer, retain_graph=True, allow_unused=True)
-    return gradient is not None
+    nodes = {own.grad_fn}
+    while nodes:
+        if answer.grad_fn in nodes:
+            return True
+        nodes = {before for node in nodes if node and node.name() in KEEPS for before, _ in node.next_functions}
+    return False
+
+
+def _matters(seen: Forward, sight: Sight, predictors: Tensor) -> bool:
+    """Say whether predictors' logits depend on a layer's answer: as their graph tells, or as they change with the answer."""
+    if not (sight.tensor.requires_grad and predictors.requires_grad):
+        return True
+    (gradient,) = torch.autograd.grad(predictors.sum(), sight.tensor, retain_graph=True, allow_unused=True)
+    if gradient is not None:
+        return True
+
+    def turned(place: Place, tensor: Tensor, *_rest: Any) -> Tensor:
+        return tensor.roll(1, -1) if place == sight.place else tensor
+
+    with torch.no_grad(), watching({sight.place.layer}, turned):
+        return not torch.equal(seen.defense.predictors(seen.x, seen.draw), predictors)
