@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional
 
 from robench.attacks.layers import Forward, Place, Sight, watching
@@ -17,16 +18,11 @@ from robench.cost import count_backwards
 from robench.defense import Defense, Plain
 from robench.noise import Draw
 
-KEEPS = {
-    "StackBackward0",
-    "UnbindBackward0",
-    "UnsqueezeBackward0",
-    "SqueezeBackward1",
-    "SelectBackward0",
-    "ViewBackward0",
-    "CloneBackward0",
-}
-"""Steps between a layer's answer and a predictor's logits that leave its gradient as it is."""
+KEEPS = {f"{step}Backward0" for step in ("Stack", "Unbind", "Unsqueeze", "Select", "View", "Clone")}
+"""Steps from a layer's answer to a predictor's logits that leave its gradient as it is."""
+EASY = KEEPS | {f"{step}Backward0" for step in ("Add", "Sub", "Mul", "Div", "Neg", "LogSoftmax", "Softmax", "Mean", "Sum", "T", "Addmm")}
+"""Steps that do the same to every image's gradient, where they change the answer: other units, another layer. What is done by a
+condition, or changes nothing on two images of noise, may hide the gradient of others."""
 
 MOST = 4
 """Layers tried, the first in the forward."""
@@ -93,16 +89,17 @@ def answers(seen: Forward, predictors: Tensor, alike: float) -> tuple[Within, ..
     sights = [sight for sight in sights if not any(_is(sight.tensor, own) for own in predictors.unbind(1))]
     if not (sights := [sight for sight in sights if _matters(seen, sight, predictors)]):
         return ()
-    known = [spread_gradient(logits, seen.x) for logits in (*predictors.unbind(1), predictors.float().mean(1))]
-    found = list[Within]()
+    told_gradients = [spread_gradient(logits, seen.x) for logits in (*predictors.unbind(1), predictors.float().mean(1))]
+    found, found_gradients = list[Within](), list[Tensor]()
     for sight in sights:
         view = Within(seen.defense, sight.place)
         logits = sight.tensor if sight.tensor.requires_grad else view.predictors(seen.x, seen.draw)[:, 0]
         gradient = spread_gradient(logits, seen.x)
+        known = found_gradients + (told_gradients if _is_easily(sight.tensor, predictors) else [])
         same = [functional.cosine_similarity(gradient, other, eps=1e-30).amin() >= alike for other in known]
         if bool((gradient != 0).any()) and not any(same):
             found.append(view)
-            known.append(gradient)
+            found_gradients.append(gradient)
     return tuple(found[:MOST])
 
 
@@ -110,14 +107,30 @@ def _is(answer: Tensor, own: Tensor) -> bool:
     """Say whether a predictor's logits are a layer's answer, gradient and all: the same values, and nothing done between the two."""
     if not bool((answer == own).all()):
         return False
-    if not (answer.requires_grad and own.requires_grad):
+    return not (answer.requires_grad and own.requires_grad) or _only_by(KEEPS, answer, own)
+
+
+def _is_easily(answer: Tensor, predictors: Tensor) -> bool:
+    """Say whether predictors' logits are a layer's answer in other units, or what other layers make of it, for every image alike."""
+    if not (answer.requires_grad and predictors.requires_grad):
         return True
-    nodes = {own.grad_fn}
+    return not any(bool((answer == own).all()) for own in predictors.unbind(1)) and _only_by(EASY, answer, predictors)
+
+
+def _only_by(steps: set[str], answer: Tensor, own: Tensor) -> bool:
+    """Say whether logits come of an answer, and by steps of these kinds alone."""
+    after = dict[Node, set[Node]]()
+    nodes = {node for node in [own.grad_fn] if node is not None}
     while nodes:
-        if answer.grad_fn in nodes:
-            return True
-        nodes = {before for node in nodes if node and node.name() in KEEPS for before, _ in node.next_functions}
-    return False
+        edges = [(before, node) for node in nodes for before, _ in node.next_functions if before is not None]
+        nodes = {before for before, _ in edges} - after.keys()
+        for before, node in edges:
+            after.setdefault(before, set()).add(node)
+    nodes, between = {node for node in [answer.grad_fn] if node is not None}, set[Node]()
+    while nodes:
+        nodes = {node for earlier in nodes for node in after.get(earlier, ())} - between
+        between |= nodes
+    return (bool(between) or answer.grad_fn is own.grad_fn) and all(node.name() in steps for node in between)
 
 
 def _matters(seen: Forward, sight: Sight, predictors: Tensor) -> bool:
