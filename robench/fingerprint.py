@@ -40,10 +40,14 @@ def reference_logits(module: nn.Module, dataset: Dataset) -> Tensor:
     """Return a module's logits (2, classes) of a data set's first two images, in float64, on the CPU, of one fixed draw."""
     defense, x = as_defense(module).eval(), as_float(dataset.images[:2]).double()
     draw = noise.Draw(0, torch.arange(len(x))) if defense.random else None
-    weights = {name: t.cpu().double() if t.is_floating_point() else t.cpu() for name, t in
-               itertools.chain(defense.named_parameters(), defense.named_buffers())}  # fmt: skip
+    # Once for each place: a module or a parameter may have two names.
+    weights = {
+        f"{path}.{name}" if path else name: tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()
+        for path, part in defense.named_modules()
+        for name, tensor in itertools.chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+    }
     with torch.no_grad(), noise.isolated_generator(0):
-        logits: Tensor = torch.func.functional_call(defense, weights, (x, draw))
+        logits: Tensor = torch.func.functional_call(defense, weights, (x, draw), tie_weights=False)
     return logits
 
 

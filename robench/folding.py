@@ -44,7 +44,10 @@ def _pairs(network: nn.Module) -> Iterator[Pair]:
             continue
         pair = (str(before.target), str(node.target))
         convolution, norm = map(network.get_submodule, pair)
-        if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and all(calls[path] == 1 for path in pair):
+        if type(convolution) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or norm.running_mean is None:
+            continue
+        # A hook may make the weights anew at each call, as spectral norm does.
+        if "weight" in convolution._parameters and not convolution._forward_pre_hooks and all(calls[path] == 1 for path in pair):
             yield pair
 
 

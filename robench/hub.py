@@ -85,6 +85,8 @@ def push(config: Config, content: bytes, records: Sequence[Record], place: str, 
     with _hub_errors(api, place):
         api.create_repo(place, private=private, exist_ok=True)
         there = api.list_repo_files(place)
+        if set(there) - {".gitattributes"} and not (CONFIG in there and _describes_weights(Path(api.hf_hub_download(place, CONFIG)))):
+            raise UserError(f"{place} holds something else than weights of robench; name an empty repository or one that is not there")
         stale = [name for name in there if name.startswith(f"{RECORDS}/") and name not in files]
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete]
         operations = [*(CommitOperationAdd(name, text) for name, text in files.items()), *map(CommitOperationDelete, stale)]
@@ -132,8 +134,15 @@ def pull(place: str, *, cache: Path, progress: Progress = lambda _line: None) ->
     return Pulled(config, kept, records, unchecked)
 
 
+def _describes_weights(path: Path) -> bool:
+    try:
+        return bool(weights.read_config(path))
+    except UserError:
+        return False
+
+
 def _export(files: dict[str, bytes], folder: Path) -> Path:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not _describes_weights(folder / CONFIG):
         raise UserError(f"the folder {folder} holds something else than weights; name an empty one or one that is not there")
     for path in folder.glob(f"{RECORDS}/*.json"):
         path.unlink()

@@ -18,7 +18,7 @@ PACKAGES = ("numpy", "robench", "pyautoattack")
 def of_this_process(device: str | torch.device) -> Provenance:
     """Return the source, library versions and hardware of this process; `device` is what the measurement runs on."""
     device = torch.device(device)
-    commit, dirty = source_state(Path(__file__).parent)
+    commit, dirty = LOADED
     return Provenance(
         commit=commit,
         dirty=dirty,
@@ -67,3 +67,7 @@ def _processor() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+LOADED = source_state(Path(__file__).parent)
+"""The source when this process loaded it: a checkout may move on while it runs."""

@@ -47,7 +47,7 @@ def remaining(named: zoo.Named, setting: zoo.Setting, split: Dataset, *, cache: 
     untrained: list[tuple[str, str]] = []
     for stage in specimen.stages:
         module = specimen.defense.get_submodule(stage.module)
-        path = training.stage_path(module, stage, split, cache / "training", device, named.entry.version)
+        path = training.stage_path(module, stage, split, cache / "training", device, named.trained_as)
         # What starts from weights that are still to be trained has a name in the cache that nobody knows yet.
         if before := [key for name, key in untrained if _overlap(name, stage.module)]:
             key, epochs = "+".join([*before, path.stem]), stage.recipe.epochs

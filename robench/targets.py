@@ -121,7 +121,7 @@ def trained(
         else:
             check_classes(Target(defense, named.text), tuple(fingerprint.reference_logits(defense, split).shape), split)
             history = training.train(
-                defense, stages, split, folder=folder / "training", version=entry.version, device=device, anew=anew, progress=progress,
+                defense, stages, split, folder=folder / "training", version=named.trained_as, device=device, anew=anew, progress=progress,
                 stop=stop,
             )  # fmt: skip
             if anew:

@@ -36,9 +36,17 @@ class _Counter(TorchDispatchMode):
 def step_operations(module: nn.Module, recipe: Recipe, shape: tuple[int, int, int], device: str, trainable: tuple[str, ...]) -> float:
     """Return the floating-point operations of one image in a training step: those of convolutions and matrix products.
 
-    They are counted on a copy of the module, by a step on two blank images (C, H, W).
+    They are counted on a copy of the module, by a step on two blank images (C, H, W); 0 where a module takes no copy or no such images.
     """
-    trained = copy.deepcopy(module)
+    try:
+        return _counted(copy.deepcopy(module), recipe, shape, device, trainable)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a stranger's module may refuse in any way, and only a line of progress is lost
+        return 0.0
+
+
+def _counted(trained: nn.Module, recipe: Recipe, shape: tuple[int, int, int], device: str, trainable: tuple[str, ...]) -> float:
     optimiser = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.0)
     x, y = torch.zeros(2, *shape, device=device), torch.zeros(2, dtype=torch.long, device=device)
     draw = noise.Draw(0, torch.arange(2, device=device))

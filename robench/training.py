@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ class NotTrainedError(UserError):
 
 @exact_arithmetic()
 def train(
-    defense: Defense, stages: tuple[Stage, ...], dataset: Dataset, *, folder: Path, version: int = 1, device: str = "cpu",
+    defense: Defense, stages: tuple[Stage, ...], dataset: Dataset, *, folder: Path, version: int | str = 1, device: str = "cpu",
     may_train: bool = True, anew: bool = False, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False,
 ) -> tuple[tuple[Epoch, ...], ...]:  # fmt: skip
     """Train `defense` in place, stage by stage, taking from `folder` what was trained before.
@@ -66,7 +66,7 @@ def train(
         stages: in order.
         dataset: the training split.
         folder: where stages and checkpoints are kept.
-        version: the defense's: what an earlier one trained is not taken for this one's.
+        version: the defense's (`robench.zoo.Named.trained_as`): what another one trained is not taken for this one's.
         device: ``cpu`` or ``cuda``.
         may_train: False only takes what was trained before.
         anew: train every stage from its beginning, whatever the folder holds, and keep that instead.
@@ -125,10 +125,10 @@ def native_bfloat16(device: str) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, version: int = 1) -> Path:
+def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, device: str, version: int | str = 1) -> Path:
     """Return the file that keeps what `stage` makes of `module`, in the state it is in now, named by a hash of all that decides it.
 
-    The defense's `version` stands for code that shows only while it trains, as in its training mode.
+    `version` (`robench.zoo.Named.trained_as`) stands for what shows only while it trains, as in its training mode.
     """
     recipe, half = stage.recipe, precision(stage.recipe, device) == "bfloat16"
     identity = json.dumps(
@@ -145,7 +145,7 @@ def stage_path(module: nn.Module, stage: Stage, dataset: Dataset, folder: Path, 
             "device": torch.device(device).type,
         }
         | ({"folded": True} if folds(recipe, half) else {})
-        | ({"defense version": version} if version > 1 else {}),
+        | ({"defense version": version} if version != 1 else {}),
         sort_keys=True,
     )
     return folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
@@ -270,13 +270,15 @@ def _own_and_strong(run: _Run, stage: Stage, images: Tensor, labels: Tensor, epo
     few = slice(overfitting.EXAMPLES)
     x = as_float(images[few])
     draw = noise.Draw(stage.seed, torch.arange(len(x), device=x.device), epoch)
-    return overfitting.accuracies(run.step.module, x, labels[few], attack, draw)
+    # What is kept in the end is the average.
+    kept = run.step.module if run.average is None else run.average.module
+    return overfitting.accuracies(kept, x, labels[few], attack, draw)
 
 
 def _line(history: Sequence[Epoch], recipe: Recipe, speed: float, operations: float | None, device: str) -> str:
     """Return what progress is told of the last epoch."""
     last, fast = history[-1], f"{speed:.0f} images/s"
-    if operations is not None:
+    if operations:
         fast = throughput.described(speed, operations, throughput.peak(device, precision(recipe, device)))
     line = f"epoch {len(history)}/{recipe.epochs}: loss {last.loss:.3f}, {fast}"
     return f"{line}; catastrophic overfitting: {last.own:.0%} withstand its own step, {last.strong:.0%} PGD" if last.overfitted else line
@@ -299,7 +301,18 @@ def _optimiser(recipe: Recipe, trained: dict[str, nn.Parameter]) -> torch.optim.
 def _write(path: Path, tensors: dict[str, Tensor], history: Sequence[Epoch]) -> None:
     """Keep tensors, with what each epoch came to beside them."""
     told = {HISTORY: json.dumps([dataclasses.asdict(epoch) for epoch in history])}
-    write_atomic(path, safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, told))
+    write_atomic(path, safetensors.torch.save(apart(tensors), told))
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU that share no memory, as those of tied weights do, which have two names."""
+    held, found = set[int](), dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        kept = tensor.detach().cpu().contiguous()
+        place = kept.untyped_storage().data_ptr()
+        found[name] = kept.clone() if place in held else kept
+        held.add(place)
+    return found
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[Epoch]]:

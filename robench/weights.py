@@ -125,8 +125,7 @@ def describe(
         how: it was trained, a line per stage.
         source: where the weights were pulled from, if they were.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in defense.state_dict().items()}
-    content = safetensors.torch.save(state)
+    content = safetensors.torch.save(training.apart(defense.state_dict()))
     return Config(
         defense=named.text, version=named.entry.version, paper=named.entry.paper.arxiv, dataset=setting.dataset, classes=setting.classes,
         image_shape=setting.image_shape, fingerprint=split.fingerprint, scale=setting.scale, seed=setting.seed,
@@ -154,7 +153,7 @@ def kept(
         raise UserError(f"{named.text} is not trained, so there are no weights to share")
     try:
         history = training.train(
-            specimen.defense, specimen.stages, split, folder=cache / "training", version=named.entry.version, device=device,
+            specimen.defense, specimen.stages, split, folder=cache / "training", version=named.trained_as, device=device,
             may_train=False, progress=progress,
         )  # fmt: skip
     except training.NotTrainedError:

@@ -125,7 +125,7 @@ class Workbench:
 
     def recorded(self, accuracy: Accuracy, seed: int) -> bool:
         """Return whether the known records tell an accuracy, a robust one under the paper's attack, on enough examples."""
-        known = settlement.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
+        known = self._matching(accuracy, seed)
         return bool(known) and self._enough(known[0])
 
     def settled_by_records(self, accuracy: Accuracy, seed: int) -> bool:
@@ -134,7 +134,7 @@ class Workbench:
         A robust one is settled with all that `needed` names, on enough examples each. Further records of fewer examples count in the
         worst case all the same.
         """
-        known = settlement.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
+        known = self._matching(accuracy, seed)
         enough = [r for r in known if self._enough(r)]
         # The paper's attack comes first.
         found = enough[:1] == known[:1] and bool(enough)
@@ -162,7 +162,16 @@ class Workbench:
             self.records[:] = [r for r in self.records if id(r) not in gone]
 
     def _known(self, name: str, threat: str, attack: str, seed: int) -> list[Record]:
-        return settlement.matching(self.records, Accuracy(name, threat, attack), self.dataset_name, self.scale, seed)
+        return self._matching(Accuracy(name, threat, attack), seed)
+
+    def _matching(self, accuracy: Accuracy, seed: int) -> list[Record]:
+        """Return the records that measure an accuracy, on the images that are here now under the data set's name."""
+        found = settlement.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
+        try:
+            return [r for r in found if r.dataset.fingerprint == self._split.fingerprint]
+        except UserError:
+            # Without the data nobody knows of others.
+            return found
 
     def find(self, accuracy: Accuracy, seed: int) -> Sequence[Record]:
         """Return the records of an accuracy, measuring what it needs and is missing."""
@@ -173,4 +182,4 @@ class Workbench:
                 for name, threat, attack in needed:
                     self.measured(name, threat, attack, seed)
                 self.forget_mixed([(*need, seed) for need in needed])
-        return settlement.matching(self.records, accuracy, self.dataset_name, self.scale, seed)
+        return self._matching(accuracy, seed)

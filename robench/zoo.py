@@ -123,6 +123,15 @@ class Named:
         """The full name: every parameter is written, so that it means the same when a default changes."""
         return parameters.written(self.entry.alias_of or self.entry.name, self.values | {EPOCHS: self.epochs})
 
+    @property
+    def trained_as(self) -> int | str:
+        """What tells its training apart beside weights, outputs and recipe: its version.
+
+        A plugin's code may train otherwise by a parameter that shows in training alone, as a dropout's rate, and so is told by its name.
+        """
+        own = self.entry.factory.__module__.partition(".")[0] == "robench_zoo"
+        return self.entry.version if own else f"{self.entry.version} of {parameters.written(self.entry.name, self.values)}"
+
     def build(self, setting: Setting) -> Specimen:
         """Return the untrained defense and its training stages; what draws from torch's generators is seeded by the setting.
 
