@@ -110,6 +110,20 @@ def test_a_folder_serves_as_a_hub(robench: Robench, trained: Record) -> None:
     (Path("other") / "x").mkdir(parents=True)
     refused = robench("weights", "push", "tiny", "--to", "./other", "--device", "cpu", fails=True)
     assert "the folder other holds something else than weights" in error_line(refused)
+    (Path("other") / "config.json").write_text("{}")
+    refused = robench("weights", "push", "tiny", "--to", "./other", "--device", "cpu", fails=True)
+    assert "the folder other holds something else than weights" in error_line(refused)
+    assert (Path("other") / "config.json").read_text() == "{}"
+
+
+def test_another_models_repository_is_left_as_it_is(robench: Robench, trained: Record, hub: FakeHub) -> None:
+    own = {"config.json": b'{"architectures": ["ResNet"]}', "model.safetensors": b"x", "README.md": b"Another."}
+    hub.commit("me/resnet", own)
+    refused = robench("weights", "push", "tiny", "--to", "me/resnet", "--device", "cpu", fails=True)
+    assert "me/resnet holds something else than weights of robench" in error_line(refused)
+    found = hub.files("me/resnet")
+    assert found is not None
+    assert found[1] == own
 
 
 def test_a_revision_is_pinned(robench: Robench, tiny: Callable[..., None], trained: Record, hub: FakeHub) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robench import data, throughput, training
+from robench import data, overfitting, targets, throughput, training, zoo
 from robench.adversarial import train_step
 from robench.defense import Plain
 from robench.fingerprint import reference_logits
@@ -101,3 +101,40 @@ def test_operations_that_cannot_be_counted_are_none() -> None:
     optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="without contrast"):
         train_step(module, optimiser, RECIPE, torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long), Draw(0, torch.arange(2)))
+
+
+class Dropped(nn.Module):
+    """A network with dropout, which shows in training alone."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.dropout, self.head = nn.Dropout(rate), nn.Linear(768, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.dropout(x.flatten(1)))
+        return logits
+
+
+def dropped(setting: zoo.Setting, *, rate: float = 0.0) -> zoo.Specimen:
+    """A linear network behind dropout."""
+    return zoo.Specimen(Plain(Dropped(rate)), (Stage(RECIPE, setting.seed),))
+
+
+def test_a_parameter_that_shows_in_training_alone_tells_trainings_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entry = zoo.Entry("dropped", dropped, 1, zoo.entries()["natural"].paper, "here")
+    monkeypatch.setitem(zoo._ENTRIES, "dropped", entry)
+    made = [targets.trained(zoo.parse(f"dropped,rate={rate}"), TRAIN, scale="smoke", cache=tmp_path) for rate in (0.0, 0.9)]
+    first, second = (reference_logits(target.defense, TRAIN) for target in made)
+    assert not torch.equal(first, second)
+    assert zoo.parse("natural").trained_as == zoo.entries()["natural"].version
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.9])
+def test_what_is_watched_for_overfitting_is_what_is_kept(averaging: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    defense = Plain(nn.Sequential(nn.Flatten(), nn.Linear(768, 10))).eval()
+    recipe = replace(RECIPE, epochs=3, batch_size=8, attack=ATTACK, averaging=averaging)
+    (history,) = training.train(defense, (Stage(recipe, seed=0),), TRAIN, folder=tmp_path)
+    few = TRAIN.first(min(len(TRAIN), overfitting.EXAMPLES))
+    draw = Draw(0, torch.arange(len(few)), recipe.epochs - 1)
+    assert (history[-1].own, history[-1].strong) == overfitting.accuracies(defense, data.as_float(few.images), few.labels, ATTACK, draw)

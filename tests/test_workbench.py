@@ -92,9 +92,10 @@ def test_a_second_workbench_takes_its_records_from_the_folder(bench: Workbench) 
 
 def known_to(make_record: Callable[..., Record], dataset: str, *counts: tuple[str, int], examples: int | None = None) -> Workbench:
     """Return a workbench that knows records of `natural` under attacks, each on so many examples."""
+    images = {"name": dataset} | ({"fingerprint": data.load(dataset, "test").fingerprint} if dataset == "digits" else {})
     records = [
         make_record(
-            [1] * n, defense={"name": "natural", "origin": "zoo"}, dataset={"name": dataset}, threat="Linf:16/255",
+            [1] * n, defense={"name": "natural", "origin": "zoo"}, dataset=images, threat="Linf:16/255",
             attack={"name": attack, "version": attacks.parse(attack).version, "parameters": dict(attacks.parse(attack).parameters)},
         )
         for attack, n in counts
@@ -138,6 +139,17 @@ def test_further_attacks_need_enough_examples_too(make_record: Callable[..., Rec
     for n, settled in ((49, False), (50, True)):
         bench = known_to(make_record, "digits", ("pgd-2", 50), ("fgsm", 50), ("square", n), examples=50)
         assert bench.settled_by_records(accuracy, 0) == settled
+
+
+@pytest.mark.usefixtures("held_against_fgsm")
+def test_records_of_other_images_under_the_same_name_settle_nothing(make_record: Callable[..., Record]) -> None:
+    bench, accuracy = known_to(make_record, "digits", ("pgd-2", 50), ("fgsm", 50), examples=50), Accuracy("natural", "Linf:16/255", "pgd-2")
+    assert bench.settled_by_records(accuracy, 0)
+    assert bench.has("natural", "Linf:16/255", "pgd-2")
+    bench.records[:] = [r.model_copy(update={"dataset": r.dataset.model_copy(update={"fingerprint": "cd" * 32})}) for r in bench.records]
+    assert not bench.settled_by_records(accuracy, 0)
+    assert not bench.recorded(accuracy, 0)
+    assert not bench.has("natural", "Linf:16/255", "pgd-2")
 
 
 @pytest.mark.usefixtures("held_against_fgsm")
