@@ -49,9 +49,13 @@ def merged(measurements: Iterable[Measurement]) -> list[Measurement]:
     """Return the measurements, each thing measured once, on the most examples asked for, in the order first asked for."""
     most: dict[tuple[str, str, str, int], Measurement] = {}
     for m in measurements:
-        key = (m.defense, m.threat, m.attack, m.seed)
-        most[key] = m if key not in most or m.n > most[key].n else most[key]
+        most[_of(m)] = m if _of(m) not in most or m.n > most[_of(m)].n else most[_of(m)]
     return list(most.values())
+
+
+def _of(m: Measurement) -> tuple[str, str, str, int]:
+    """Return what is measured, whatever the number of examples."""
+    return (m.defense, m.threat, m.attack, m.seed)
 
 
 def order(work: Mapping[Measurement, Work], goals: Mapping[str, Collection[Measurement]]) -> list[Measurement]:
@@ -66,7 +70,14 @@ def order(work: Mapping[Measurement, Work], goals: Mapping[str, Collection[Measu
     """
     chosen: list[Measurement] = []
     trained: set[str] = set()
-    open_goals = {name: frozenset(needs) for name, needs in goals.items() if needs and all(need in work for need in needs)}
+    # A measurement on more examples serves a goal of fewer.
+    most = {_of(m): m for m in work}
+    served = {name: [most.get(_of(need)) for need in needs] for name, needs in goals.items()}
+    open_goals = {
+        name: frozenset(m for m in found if m is not None)
+        for name, found in served.items()
+        if found and all(m is not None and m.n >= need.n for m, need in zip(found, goals[name], strict=True))
+    }
     while open_goals:
         best = max(open_goals.values(), key=lambda needs: _settled_per_minute(needs, open_goals.values(), work, trained))
         _append(chosen, trained, best, work)

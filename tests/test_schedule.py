@@ -41,6 +41,12 @@ def test_what_no_goal_needs_comes_last_and_the_cheapest_first() -> None:
     assert schedule.order(work, {"goal": {C}}) == [C, B, A]
 
 
+def test_a_measurement_on_more_examples_serves_a_goal() -> None:
+    for n, first in ((200, m("a", n=200)), (100, m("a")), (50, B)):
+        work = {B: Work(1, {}), m("a", n=n): Work(2, {})}
+        assert schedule.order(work, {"goal": {A}})[0] == first
+
+
 def test_a_goal_whose_measurement_cannot_be_made_is_left_out() -> None:
     assert schedule.order({A: Work(1, {}), B: Work(2, {})}, {"whole": {B}, "lost": {A, D}}) == [B, A]
 
