@@ -56,17 +56,37 @@ def on_a_copy(x: Tensor) -> Tensor:
     return torch.from_numpy((50 * x.detach().cpu().numpy()).round() / 50)
 
 
+def near_a_grid(x: Tensor) -> Tensor:
+    """Pixels near one of a few levels at that level, and the others as they are."""
+    level = (10 * x).round() / 10
+    return torch.where((x - level).abs() < 0.04, level, x)
+
+
+class Stepped(nn.Module):
+    """The same in a plain module, which tells nothing."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.step = Linear(), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.step(x))
+        return logits
+
+
 HIDING: dict[str, Callable[[], Defense]] = {
     "no gradient": lambda: Behind(Linear(), lambda x: x.detach()),
     "a wrong gradient": lambda: Behind(Linear(), backwards_elsewhere),
     "a ripple": lambda: Behind(Linear(), lambda x: x + 0.01 * torch.sin(1e4 * x)),
     "code that is no tensor's": lambda: Behind(Linear(), on_a_copy),
     "no gradient, in half precision": lambda: Behind(Linear().half(), lambda x: x.detach().half()),
+    "levels by a condition, in a plain module": lambda: Plain(Stepped(near_a_grid)),
     "a vote of hidden networks": lambda: Ensemble([Behind(Linear(k), lambda x: x.detach()) for k in range(3)], majority_vote),
 }
 OPEN: dict[str, Callable[[], Defense]] = {
     "one network": lambda: Plain(Linear()),
     "an image that is normalised": lambda: Behind(Linear(), lambda x: (x - 0.4) / 0.2),
+    "an image that is normalised in a plain module": lambda: Plain(Stepped(lambda x: (x - 0.4) / 0.2)),
     "half precision": lambda: Behind(Linear().half(), lambda x: x.half()),
     "the mean": lambda: Ensemble([Linear(0), Linear(1)], mean_of_logits),
     "CrossMax, whose predictors show their gradient": lambda: Ensemble([Linear(k) for k in range(3)], crossmax),
@@ -97,7 +117,7 @@ def test_a_hidden_gradient_is_found_and_passed_over(kind: str) -> None:
     assert torch.equal(found(X), defense(X))
     point = X.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(found.predictors(point)[..., 1].float().mean(1).sum(), point)
-    weights = torch.stack([network.weight[:, 1] for network in defense.members()]).float()
+    weights = torch.stack([network.weight[:, 1] for network in defense.modules() if isinstance(network, Linear)]).float()
     torch.testing.assert_close(gradient.flatten(1), weights.mean(0).expand(COUNT, -1), atol=1e-3, rtol=1e-3)
 
 

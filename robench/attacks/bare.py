@@ -30,14 +30,22 @@ ALIKE = 0.9
 
 
 class Bare(View):
-    """The defense, with the gradient of every member that is given a tensor of the images' shape taken straight to the images.
+    """The defense, with the gradient of every network that is given a tensor of the images' shape taken straight to the images.
 
     Outputs are the defense's own.
+
+    Args:
+        defense: the defense.
+        networks: its members, and what else is a network within.
     """
+
+    def __init__(self, defense: Defense, networks: list[nn.Module]) -> None:
+        super().__init__(defense)
+        self.networks = networks
 
     def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the defense's own predictors' logits (B, N, classes), with the gradient of its members at what they are given."""
-        with _straight_to(x, self.defense.members()):
+        with _straight_to(x, self.networks):
             return self.defense.predictors(x, draw)
 
 
@@ -68,7 +76,9 @@ def ways_past(defense: Defense, like: Tensor) -> Ways:
     x, draw, found = seen.x, seen.draw, detours(seen)
     open_inside = LedPast(defense, found) if found else None
     own = spread_gradient((logits if open_inside is None else open_inside.predictors(x, draw)).float().mean(1), x)
-    networks = Bare(open_inside or defense)
+    # A plain module tells no networks: those within it are what is given something else of the images' shape.
+    within = [s.place.layer for s in seen.sights if not s.place.returned and s.tensor.shape == x.shape and bool((s.tensor != x).any())]
+    networks = Bare(open_inside or defense, defense.members() + (within if isinstance(defense, Plain) else []))
     straight = spread_gradient(networks.predictors(x, draw).float().mean(1), x)
     apart = functional.cosine_similarity(own, straight, eps=1e-30) < ALIKE
     gained = bool((apart & (straight != 0).any(1)).any())
