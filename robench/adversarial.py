@@ -52,6 +52,10 @@ def start(recipe: Recipe, x: Tensor, draw: noise.Draw, *, half: bool = False) ->
         return x if recipe.attack is None else _start(x, ThreatModel.parse(recipe.attack.threat), recipe.attack, draw)
 
 
+OF_ATTACKS = 1 << 32
+"""Seeds from this one on are of the noise of attacks."""
+
+
 def gradients(
     module: nn.Module, recipe: Recipe, x: Tensor, y: Tensor, x_start: Tensor, draw: noise.Draw, *, half: bool, trainable: tuple[str, ...]
 ) -> Tensor:
@@ -115,19 +119,27 @@ def attack_batch(defense: Defense, x: Tensor, y: Tensor, attack: InnerAttack, dr
         x: clean images in [0, 1].
         y: labels.
         attack: its threat model, steps, start and objective.
-        draw: identifies the batch's examples and epoch; the start and a random defense's noise come from it.
+        draw: identifies the batch's examples and epoch; the start comes from it, and a random defense's noise, each step's another.
         x_start: the start, where it is drawn already.
     """
     threat = ThreatModel.parse(attack.threat)
-    own_draw = draw if defense.random else None
-    raised = _objective(defense, x, y, attack, own_draw)
+    raised = _objective(defense, x, y, attack, _apart(draw, 0) if defense.random else None)
     x_adv = _start(x, threat, attack, draw) if x_start is None else x_start
-    for _ in range(attack.steps):
+    for step in range(attack.steps):
         point = x_adv.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(raised(defense(point, own_draw).float()), point)
+        (gradient,) = torch.autograd.grad(raised(defense(point, _apart(draw, step) if defense.random else None).float()), point)
         # Training needs no exact projection, and scale-and-clip is the common one.
         x_adv = threat.project(point.detach() + attack.step_size * steepest(gradient.float(), threat.norm), x, rounds=0)
     return x_adv.detach()
+
+
+def _apart(draw: noise.Draw, step: int) -> noise.Draw:
+    """Return the draw of an attack's step: not the one that is trained on, nor another step's.
+
+    Images made for the noise that they are trained on teach a defense that noise (as in arXiv 2408.05446's released code, which draws
+    anew in the attack and in training).
+    """
+    return noise.Draw(draw.seed + (step + 1) * OF_ATTACKS, draw.examples, draw.number)
 
 
 def _objective(defense: Defense, x: Tensor, y: Tensor, attack: InnerAttack, draw: noise.Draw | None) -> Callable[[Tensor], Tensor]:

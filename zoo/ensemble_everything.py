@@ -145,7 +145,7 @@ def multires(setting: Setting, *, variant: str = "as_published", backbone: str |
     return _alone(setting, Design(backbone, variant, resolutions))
 
 
-@register(paper=ENSEMBLE_EVERYTHING, version=1)
+@register(paper=ENSEMBLE_EVERYTHING, version=2)
 def multires_adv(
     setting: Setting, *, variant: str = "as_published", backbone: str | None = None, resolutions: int | None = None
 ) -> Specimen:
@@ -161,7 +161,7 @@ def multires_self_ensemble(
     return _one(setting, Design(backbone, variant, resolutions), k)
 
 
-@register(paper=ENSEMBLE_EVERYTHING, version=1)
+@register(paper=ENSEMBLE_EVERYTHING, version=2)
 def multires_self_ensemble_adv(
     setting: Setting, *, k: int = 3, variant: str = "as_published", backbone: str | None = None, resolutions: int | None = None
 ) -> Specimen:
@@ -175,7 +175,7 @@ def multires_ensemble3(setting: Setting, *, k: int = 3, variant: str = "as_publi
     return _three(setting, Design(backbone, variant), k)
 
 
-@register(paper=ENSEMBLE_EVERYTHING, version=1)
+@register(paper=ENSEMBLE_EVERYTHING, version=2)
 def multires_ensemble3_adv(setting: Setting, *, k: int = 3, variant: str = "as_published", backbone: str | None = None) -> Specimen:
     """Three lightly adversarially trained self-ensembles, aggregated by CrossMax with the median."""
     return _three(setting, Design(backbone, variant, light_adversarial=True), k)
