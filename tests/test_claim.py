@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import rich
 
-from robench import attacks, claim, demo, record, verdicts, zoo
+from robench import attacks, claim, data, demo, record, verdicts, zoo
 from robench.claim import (
     SOUND,
     Accuracy,
@@ -668,7 +668,9 @@ def run_claims(pytester: pytest.Pytester, zoo_record: Build, monkeypatch: pytest
     for name, share in (("natural", 0.2), ("single_adv", 0.6)):
         for attack in ("pgd-20", *held_against(NATURAL, "smoke", random=False)):
             version = zoo.entries()[name].version
-            record.save(zoo_record(fractions(share), attack=attack, defense={"name": name, "version": version}), pytester.path / "records")
+            images = {"fingerprint": data.load("digits", "test").fingerprint}
+            made = zoo_record(fractions(share), attack=attack, defense={"name": name, "version": version}, dataset=images)
+            record.save(made, pytester.path / "records")
     # rich imports parts of itself when it first prints, and pytester forgets what was imported during a run.
     rich.print(verdicts.as_table([]), file=io.StringIO())
     monkeypatch.setenv("ROBENCH_DATA", str(pytester.path / "no-data"))
