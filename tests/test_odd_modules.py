@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robench import data, overfitting, targets, throughput, training, zoo
 from robench.adversarial import train_step
-from robench.defense import Plain
+from robench.defense import Defense, Plain
 from robench.fingerprint import reference_logits
 from robench.folding import folded
 from robench.noise import Draw
@@ -138,3 +138,30 @@ def test_what_is_watched_for_overfitting_is_what_is_kept(averaging: float, tmp_p
     few = TRAIN.first(min(len(TRAIN), overfitting.EXAMPLES))
     draw = Draw(0, torch.arange(len(few)), recipe.epochs - 1)
     assert (history[-1].own, history[-1].strong) == overfitting.accuracies(defense, data.as_float(few.images), few.labels, ATTACK, draw)
+
+
+class Watched(Defense):
+    """A random defense that tells which draws it was asked for."""
+
+    random = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.asked = nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), list[tuple[int, int]]()
+
+    def predictors(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        assert draw is not None
+        self.asked.append((draw.seed, draw.number))
+        return self.network(x)[:, None]
+
+    def aggregate(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+
+def test_a_random_defense_is_not_trained_on_the_noise_that_its_images_were_made_for() -> None:
+    defense, recipe = Watched(), replace(RECIPE, attack=replace(ATTACK, steps=3))
+    x, y = data.as_float(TRAIN.images[:4]), TRAIN.labels[:4]
+    train_step(defense, torch.optim.SGD(defense.parameters(), lr=0.1), recipe, x, y, Draw(5, torch.arange(4), 7))
+    *attacked, trained = defense.asked
+    assert trained == (5, 7)
+    assert len(attacked) == len({*attacked, trained}) - 1 == 3
